@@ -1,0 +1,160 @@
+"""What one weight file says of itself: is it whole, and which weights does it hold. Nothing is unpickled, nothing is read whole.
+
+Sources: the zip application note (torch.save writes the directory of its zip last), the safetensors format description
+(8 bytes of header length, a JSON header, then the data), torch/serialization.py (magic number of the form before torch 1.6).
+"""
+
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from assayer.errors import CheckpointError
+from assayer.files import digest, printable
+
+__all__ = ["fingerprint", "incomplete", "is_legacy"]
+
+# safetensors itself refuses longer headers.
+_HEADER_MAX = 100_000_000
+# Bytes of one sample, and how many samples are spread over one tensor or record.
+_BLOCK = 1024
+_BLOCKS = 4
+# A pickle of protocol 2 and later starts with this byte; torch's own form before 1.6 is such a pickle.
+_PICKLE = b"\x80"
+
+
+def incomplete(path: Path) -> str | None:
+    """None when every byte of the file is there, as far as its form tells; else a sentence why not.
+
+    Known forms: safetensors (by suffix), zip (torch.save since 1.6), pickle (before; has no end mark, see ``is_legacy``).
+
+    Raises:
+        OSError: the file is gone or cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        return _incomplete_safetensors(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04":
+        return _incomplete_zip(path)
+    if start[:1] == _PICKLE:
+        return None
+    return "is empty" if not start else "holds no torch.save data (neither a zip nor a pickle)"
+
+
+def is_legacy(path: Path) -> bool:
+    """True for a pickle without a zip around it: only time can tell that such a file is whole."""
+    if path.suffix == ".safetensors":
+        return False
+    with path.open("rb") as file:
+        return file.read(1) == _PICKLE
+
+
+def fingerprint(path: Path) -> str:
+    """A digest that changes when the weights in the file change, read in milliseconds whatever the size.
+
+    A zip gives the CRC32 of each record (where the writer left them out, samples of it); safetensors its header and samples of every
+    tensor; a pickle one sample a mebibyte. Times and inodes play no part.
+
+    Raises:
+        CheckpointError: the file is not whole.
+        OSError: it is gone or cannot be read.
+    """
+    problem = incomplete(path)
+    if problem:
+        raise CheckpointError(f"{printable(str(path))} {problem}")
+    if path.suffix == ".safetensors":
+        return digest(*_safetensors_samples(path))
+    if is_legacy(path):
+        return digest(*_spread(path, [(0, path.stat().st_size)], count=max(_BLOCKS, path.stat().st_size >> 20)))
+    return digest(*_zip_records(path))
+
+
+def _incomplete_zip(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            ends = [info.header_offset + info.compress_size for info in archive.infolist()]
+            start_of_directory = archive.start_dir
+    except zipfile.BadZipFile:
+        return "has no zip directory yet (it is written last)"
+    except (ValueError, NotImplementedError, OverflowError, EOFError, struct.error) as error:
+        return f"has a damaged zip directory ({error})"
+    if not ends:
+        return "is an empty zip"
+    return "has a zip directory that points past its end" if max(ends) > start_of_directory else None
+
+
+def _zip_records(path: Path) -> Iterator[str | bytes]:
+    with zipfile.ZipFile(path) as archive:
+        for info in sorted(archive.infolist(), key=lambda info: info.filename):
+            # The archive's own name is the file's name when it was saved, and says nothing of the weights.
+            yield info.filename.partition("/")[2]
+            yield f"{info.file_size}:{info.CRC}"
+            if info.CRC == 0 and info.file_size:
+                yield from _spread(path, [(info.header_offset, info.header_offset + info.compress_size)])
+
+
+def _header(file: BinaryIO) -> tuple[int, Any]:
+    """The length of a safetensors header, and the header; raises ValueError when it is not one."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > _HEADER_MAX:
+        raise ValueError(f"its header would be {length} bytes long, the format allows {_HEADER_MAX}")
+    header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a table of tensors")
+    return length, header
+
+
+def _offsets(header: dict[str, Any]) -> list[tuple[int, int]]:
+    spans = []
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = tensor["data_offsets"]
+        if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end):
+            raise ValueError(f"tensor {printable(name)[:80]} has impossible offsets")
+        spans.append((begin, end))
+    return sorted(spans)
+
+
+def _incomplete_safetensors(path: Path) -> str | None:
+    size = path.stat().st_size
+    if size < 8:
+        return f"holds {size} bytes, too few for a safetensors header"
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length <= _HEADER_MAX and size < 8 + length:
+            return f"holds {size} of the {8 + length} bytes of its header"
+        file.seek(0)
+        try:
+            length, header = _header(file)
+            spans = _offsets(header)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return f"is no safetensors file ({printable(str(error))[:120]})"
+    expected = 8 + length + max((end for _, end in spans), default=0)
+    return None if size == expected else f"holds {size} bytes of the {expected} that its header tells"
+
+
+def _safetensors_samples(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        length, header = _header(file)
+        file.seek(8)
+        yield file.read(length)
+    yield from _spread(path, [(8 + length + begin, 8 + length + end) for begin, end in _offsets(header)])
+
+
+def _spread(path: Path, spans: list[tuple[int, int]], count: int = _BLOCKS) -> Iterator[bytes]:
+    """``count`` samples spread evenly over each span (begin and end in bytes), its first and its last bytes among them."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for begin, end in spans:
+            if end - begin <= count * _BLOCK:
+                yield os.pread(descriptor, end - begin, begin)
+                continue
+            for i in range(count):
+                yield os.pread(descriptor, _BLOCK, begin + (end - begin - _BLOCK) * i // (count - 1))
+    finally:
+        os.close(descriptor)

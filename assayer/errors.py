@@ -1,0 +1,45 @@
+"""Every error that is raised on purpose, one tree.
+
+::
+
+    AssayerError            exit 1   what went wrong, where, what is allowed, what to do: one line
+    ├── UsageError          exit 2   the command's own words cannot be carried out
+    ├── EvaluatorError      exit 2   an evaluator's reference does not lead to a function
+    ├── RedisError          exit 1   no Redis answers, or the embedded one cannot be started
+    ├── StateError          exit 1   a directory or file of our own cannot be read, written or locked
+    └── CheckpointError     exit 1   a checkpoint's files are gone, unreadable or changed
+
+A command prints one of these as one line and ends with its ``exit_code``; anything else is a bug and keeps its traceback.
+"""
+
+__all__ = ["AssayerError", "CheckpointError", "EvaluatorError", "RedisError", "StateError", "UsageError"]
+
+
+class AssayerError(Exception):
+    """Something that the user can mend; its text is one line."""
+
+    exit_code = 1
+
+
+class UsageError(AssayerError):
+    """The command's flags or arguments are not allowed, or contradict each other."""
+
+    exit_code = 2
+
+
+class EvaluatorError(AssayerError):
+    """An evaluator cannot be found, imported or called with the arguments given."""
+
+    exit_code = 2
+
+
+class RedisError(AssayerError):
+    """No Redis answers at the place asked for, or the embedded server does not start."""
+
+
+class StateError(AssayerError):
+    """A directory or file of assayer's own cannot be read, written or locked."""
+
+
+class CheckpointError(AssayerError):
+    """A checkpoint's files are gone, unreadable, or not what they were."""

@@ -1,0 +1,187 @@
+"""Files that are whole or absent, locks that end with their holder, digests, and names that are safe to show and to store."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+import time
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from assayer.errors import StateError
+
+__all__ = [
+    "digest",
+    "is_locked",
+    "lock_file",
+    "locked",
+    "natural_key",
+    "printable",
+    "private_directory",
+    "read_json",
+    "short_name",
+    "try_lock",
+    "write_json",
+    "write_whole",
+]
+
+# The longest file name that Linux file systems take, in bytes.
+NAME_MAX = 255
+
+
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Writes a file so that a reader, also after a crash, sees the old content, the new one, or no file.
+
+    The temporary file lies beside it as ``<name>.tmp-<random>``; it is flushed to the disk before the rename, the folder after it.
+
+    Raises:
+        OSError: the folder does not exist, is read-only or full; the temporary file is removed.
+    """
+    temporary = path.with_name(short_name(path.name, room=24) + f".tmp-{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder; the rename itself has been done.
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object, mode: int = 0o666) -> None:
+    """Writes ``value`` as JSON, whole or not at all. Only ASCII is written, so that any file name survives the way back."""
+    write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode(), mode)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in ``path``, or None when there is no such file or it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def private_directory(path: Path) -> Path:
+    """Makes ``path`` (mode 0700) where it is missing, and returns it.
+
+    Raises:
+        StateError: it cannot be made, or it belongs to another user.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise StateError(f"cannot make the directory {printable(str(path))}: {error.strerror}") from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise StateError(f"{printable(str(path))} is not a directory of this user; remove it, or set XDG_STATE_HOME or TMPDIR")
+    return path
+
+
+def lock_file(path: Path) -> int:
+    """An open descriptor of ``path`` (made when missing, mode 0600), for ``try_lock``; the caller closes it."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def try_lock(descriptor: int, path: Path) -> bool:
+    """True when the lock of ``path`` is now held by this open file; it lasts until its last copy in any process is closed.
+
+    Raises:
+        StateError: the file system has no locks.
+    """
+    # Somebody who only looks (is_locked) holds a shared lock for an instant: hence a few tries.
+    for _ in range(5):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.002)
+        except OSError as error:
+            raise _no_locks(path, error) from None
+    return False
+
+
+def _no_locks(path: Path, error: OSError) -> StateError:
+    return StateError(f"{printable(str(path))} cannot be locked ({error.strerror}); set XDG_STATE_HOME to a folder on a local disk")
+
+
+def is_locked(path: Path) -> bool:
+    """True while some process holds the lock of ``path``; looking takes no lock that keeps another out for longer than an instant."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of ``path`` while the block runs; waits for it."""
+    descriptor = lock_file(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise _no_locks(path, error) from None
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def digest(*parts: str | bytes) -> str:
+    """A name of 32 hexadecimal digits for these parts; two different lists of parts get two different names."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        hashed.update(len(data).to_bytes(8, "little"))
+        hashed.update(data)
+    return hashed.hexdigest()
+
+
+def short_name(name: str, room: int) -> str:
+    """``name``, or, when it leaves less than ``room`` bytes for an ending, its start and a digest of the whole."""
+    data = os.fsencode(name)
+    if len(data) + room <= NAME_MAX:
+        return name
+    return data[: NAME_MAX - room - 17].decode(errors="ignore") + "~" + digest(name)[:16]
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, without control or terminal sequences: what would move a cursor is shown as an escape."""
+    return "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else ascii(c)[1:-1] for c in text)
+
+
+def natural_key(text: str) -> tuple[tuple[int, int | str], ...]:
+    """A sort key that puts ``step9`` before ``step10``."""
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text) if part)

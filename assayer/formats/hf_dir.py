@@ -1,0 +1,94 @@
+"""A Hugging Face directory: one weight file, or shards with an index, or a PEFT adapter, with its config beside it.
+
+transformers writes config.json first and trainer_state.json last, both in place (transformers/trainer.py, modeling_utils.py);
+``save_pretrained`` alone writes no trainer_state.json, so such an export is whole when its files are, and nothing has moved for a while.
+"""
+
+import json
+import re
+
+from assayer.checkpoint import Listing, Position
+from assayer.content import incomplete
+from assayer.files import printable
+from assayer.formats import single_file
+
+REFINES: tuple[str, ...] = ()
+
+STATE = "trainer_state.json"
+
+_SHARD = re.compile(r"(model|pytorch_model|adapter_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
+_WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+_INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SIGNS = ("config.json", "adapter_config.json", STATE, "training_args.bin")
+_NUMBERED = re.compile(r"(checkpoint|step|global_step|epoch|iter)[=_-]?\d+", re.IGNORECASE)
+
+
+def claims(listing: Listing) -> bool:
+    if not listing.is_directory:
+        return False
+    names = listing.names
+    found = {name for name in names if name in _WHOLE or name in _INDEX or _SHARD.fullmatch(name)}
+    if found == {"model.safetensors"}:
+        # This name alone, among a user's own single files, makes no Hugging Face directory of their folder.
+        return any(sign in names for sign in _SIGNS) or bool(_NUMBERED.search(listing.name))
+    return bool(found)
+
+
+def missing(listing: Listing) -> str | None:
+    names = listing.names
+    for index in _INDEX:
+        if index in names:
+            shards = _shards_in(listing, index)
+            if shards is None:
+                return f"{index} is being written"
+            absent = sorted(shards - names)
+            if absent:
+                return f"{printable(absent[0])} is missing" + (f", and {len(absent) - 1} more" if absent[1:] else "")
+    for name in weights(listing):
+        shard = _SHARD.fullmatch(name)
+        if shard and not any(index in names for index in _INDEX):
+            return f"no {shard[1]}.{shard[4]}.index.json yet"
+        problem = incomplete(listing.file(name))
+        if problem:
+            return f"{name} {problem}"
+    if any(name.startswith("adapter_model.") for name in names) and "adapter_config.json" not in names:
+        return "no adapter_config.json yet"
+    if STATE in names and _state(listing) is None:
+        return f"{STATE} is being written"
+    return None
+
+
+def unmarked(listing: Listing) -> str | None:
+    return None if STATE in listing.names else f"no {STATE}"
+
+
+def position(listing: Listing) -> Position:
+    named = single_file.position_in(listing.name)
+    state = (_state(listing) if STATE in listing.names else None) or {}
+    step, epoch, tokens = (state.get(key) for key in ("global_step", "epoch", "num_input_tokens_seen"))
+    return Position(
+        step=step if isinstance(step, int) else named.step,
+        epoch=float(epoch) if isinstance(epoch, int | float) else named.epoch,
+        tokens=tokens if isinstance(tokens, int) and tokens > 0 else None,
+    )
+
+
+def weights(listing: Listing) -> tuple[str, ...]:
+    return tuple(sorted(name for name in listing.names if name in _WHOLE or _SHARD.fullmatch(name)))
+
+
+def _shards_in(listing: Listing, index: str) -> set[str] | None:
+    """The names of the shards that an index tells; None while it is no whole JSON."""
+    try:
+        table = json.loads(listing.file(index).read_bytes())["weight_map"]
+        return {str(name) for name in table.values()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _state(listing: Listing) -> dict[str, object] | None:
+    try:
+        state = json.loads(listing.file(STATE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return state if isinstance(state, dict) else None

@@ -1,0 +1,58 @@
+"""One file that holds the whole model: ``torch.save`` (zip, or the pickle before torch 1.6) and safetensors.
+
+The files that trainers lay beside a model (optimizer, scheduler, random states, one rank's share of a sharded model) carry the same
+suffixes and are never taken for one: see the trainers' own savers (transformers/trainer.py, accelerate/checkpointing.py,
+deepspeed/runtime/engine.py, verl and LMMs-Engine for ``model_world_size_W_rank_R.pt``).
+"""
+
+import os
+import re
+
+from assayer.checkpoint import Listing, Position
+from assayer.content import incomplete, is_legacy
+
+REFINES: tuple[str, ...] = ()
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+
+_NEVER = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args|train_state|trainer_state|training_state)\b"
+    r"|(optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint)[_-]?\d*([_-]\d+)?\.(pt|pth|bin)$"
+    r"|.*(world_size|rank|mp_rank|optim_states|model_states)[_-]?\d*\b.*\.pt$"
+    r"|(per_rank_)?metadata(_\d+)?\.pt$|(common|meta)\.pt$"
+    r"|pytorch_model.*\.bin$|adapter_model\b|tf_model|flax_model"
+    r"|.*-\d+-of-\d+\.(safetensors|bin)$"
+)
+_STEP = re.compile(r"(?:^|[^a-z])(?:global[_-]?step|step|steps|iteration|iter|it|checkpoint|ba)[=_-]?(\d+)", re.IGNORECASE)
+_EPOCH = re.compile(r"(?:^|[^a-z])(?:epoch|ep)[=_-]?(\d+)", re.IGNORECASE)
+_LAST_NUMBER = re.compile(r"(?:^|[_.=-])(\d+)$")
+
+
+def claims(listing: Listing) -> bool:
+    return not listing.is_directory and listing.name.endswith(SUFFIXES) and not _NEVER.match(listing.name)
+
+
+def missing(listing: Listing) -> str | None:
+    if os.path.lexists(f"{listing.path}-unfinished"):
+        return f"{listing.name}-unfinished lies beside it"
+    return incomplete(listing.file(listing.name))
+
+
+def unmarked(listing: Listing) -> str | None:
+    return "a pickle has no end mark" if is_legacy(listing.file(listing.name)) else None
+
+
+def position(listing: Listing) -> Position:
+    return position_in(listing.name.removesuffix(os.path.splitext(listing.name)[1]))
+
+
+def weights(listing: Listing) -> tuple[str, ...]:
+    return (listing.name,)
+
+
+def position_in(stem: str) -> Position:
+    """The position that a name tells: ``step``, ``iter``, ``checkpoint``, ``ba`` and ``epoch`` with a number, or a last number."""
+    step, epoch = _STEP.search(stem), _EPOCH.search(stem)
+    if step is None and epoch is None:
+        step = _LAST_NUMBER.search(stem)
+    return Position(step=int(step[1]) if step else None, epoch=int(epoch[1]) if epoch else None)

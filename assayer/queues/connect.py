@@ -1,0 +1,112 @@
+"""From a URL, or none, to a Redis that answers, or a sentence why not. Every connection of assayer's is made here."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from assayer.errors import RedisError, UsageError
+from assayer.files import printable
+from assayer.plan import host_name
+from assayer.queues import Connection, embedded
+
+__all__ = ["Target", "connect", "target", "without_password"]
+
+URL_VARIABLE = "ASSAYER_REDIS_URL"
+SCHEMES = ("redis", "rediss", "unix")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which Redis is meant: its URL (with password), and whether it is our own embedded server."""
+
+    url: str
+    embedded: bool
+
+    @property
+    def name(self) -> str:
+        """What identifies this Redis in plans and messages; never holds a password."""
+        return f"embedded on {host_name()}" if self.embedded else without_password(self.url)
+
+
+def without_password(url: str) -> str:
+    """The URL without user and password, for logs and messages."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+
+
+def target(url: str | None, host: str | None, port: int | None, state: Path) -> Target:
+    """Which Redis these flags mean: ``--redis_url``, or host and port, else ``ASSAYER_REDIS_URL``, else the embedded server.
+
+    Raises:
+        UsageError: the URL has another scheme than redis, rediss or unix, or both forms are given.
+    """
+    if url and (host or port):
+        raise UsageError("give either --redis_url or --redis_host and --redis_port")
+    if host or port:
+        shown = host or "localhost"
+        url = f"redis://{f'[{shown}]' if ':' in shown else shown}:{port or 6379}/0"
+    url = url or os.environ.get(URL_VARIABLE) or None
+    if url is None:
+        return Target(f"unix://{embedded.Server(state).socket}", embedded=True)
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  # raises for a port that is no number
+    except ValueError as error:
+        raise UsageError(f"the Redis URL is not a URL: {error}") from None
+    if parts.scheme not in SCHEMES or not (parts.path if parts.scheme == "unix" else parts.hostname):
+        raise UsageError(f"the Redis URL {printable(without_password(url))} must be redis://host:port/db, rediss://... or unix:///path")
+    return Target(url, embedded=False)
+
+
+def connect(url: str, patience: float = 5.0, retries: int = 60) -> Connection:
+    """A connection to the Redis at ``url`` that has answered once, and that outlives an outage of more than a minute.
+
+    Args:
+        url: redis://, rediss:// or unix://.
+        patience: seconds to wait for the first answer.
+        retries: how often a command is tried again later on; 60 times last about two minutes.
+
+    Raises:
+        RedisError: nothing answers there, or not as a Redis does.
+    """
+    try:
+        first = redis.Redis.from_url(url, socket_connect_timeout=patience, socket_timeout=patience, retry=Retry(_backoff(), 0))
+        with first:
+            first.ping()
+    except (redis.RedisError, OSError, ValueError) as error:
+        # A URL can hold a password, an error's text the URL.
+        reason = printable(str(error).replace(url, without_password(url)))
+        raise RedisError(
+            f"no Redis answers at {printable(without_password(url))} ({reason}); check --redis_url or {URL_VARIABLE}"
+        ) from None
+    # redis-py itself gives up after about 4 s, and a worker that is busy then loses its result.
+    return redis.Redis.from_url(url, retry=Retry(_backoff(), retries), health_check_interval=30)
+
+
+def _backoff() -> ExponentialWithJitterBackoff:
+    return ExponentialWithJitterBackoff(base=0.1, cap=3)
+
+
+def open_target(chosen: Target, state: Path) -> Connection:
+    """A connection to the chosen Redis; the embedded server is started when it does not run.
+
+    Raises:
+        RedisError: it does not answer or cannot be started.
+    """
+    if chosen.embedded:
+        embedded.Server(state).start()
+    return connect(chosen.url)
+
+
+def open_running(chosen: Target, state: Path) -> Connection | None:
+    """As ``open_target``, but None when the embedded server does not run and has no work that would make starting it worth while."""
+    if chosen.embedded:
+        server = embedded.Server(state)
+        if not server.is_running() and not server.has_work():
+            return None
+    return open_target(chosen, state)

@@ -1,0 +1,139 @@
+"""One id a piece of work: an evaluation of one checkpoint's weights by one evaluator, as an RQ job of plain JSON."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from redis.exceptions import WatchError
+from rq import Queue, Retry
+from rq.job import Job, JobStatus
+from rq.serializers import JSONSerializer
+
+from assayer.files import digest, printable
+from assayer.plan import Evaluator
+from assayer.queues import Connection
+
+__all__ = ["EVALUATE", "LOST_MAX", "PREFIX", "Task", "enqueue", "is_in_flight", "open_queue", "statuses"]
+
+# Functions of ours, by name: jobs of other RQ users on the same queue never start with this.
+PREFIX = "assayer."
+EVALUATE = "assayer.worker.eval_job.evaluate"
+
+# Seconds that RQ's own alarm comes after the time limit that the job keeps by itself.
+ALARM_MARGIN = 120
+# Seconds that RQ keeps a finished and a failed job to be seen; the record is what counts.
+RESULT_TTL = 86400
+FAILURE_TTL = 7 * 86400
+# Workers in a row that one job may take down; RQ's own count of retries is far beyond, so that this one decides.
+LOST_MAX = 5
+_RQ_RETRIES = 1_000_000
+
+_IN_FLIGHT = (JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One evaluation to be done. ``timeout`` in seconds; ``not_before`` is the moment before which a record does not count as done."""
+
+    checkpoint: str
+    format: str
+    step: int | None
+    epoch: float | None
+    tokens: int | None
+    identity: str
+    evaluator: Evaluator
+    results_dir: str | None
+    timeout: int
+    retries: int
+    not_before: float = 0.0
+
+    @property
+    def id(self) -> str:
+        return digest(self.checkpoint, self.identity, self.evaluator.name)
+
+    @property
+    def description(self) -> str:
+        return f"evaluate {printable(os.path.basename(self.checkpoint))} with {self.evaluator.name}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Task":
+        return cls(**{**value, "evaluator": Evaluator.from_json(value["evaluator"])})
+
+
+def open_queue(connection: Connection, name: str) -> Queue:
+    """The RQ queue of this name, with JSON for arguments and results."""
+    return Queue(name, connection=connection, serializer=JSONSerializer)
+
+
+def statuses(connection: Connection, job_ids: list[str]) -> dict[str, str]:
+    """The RQ status of each job that exists."""
+    with connection.pipeline(transaction=False) as pipe:
+        for job_id in job_ids:
+            pipe.hget(Job.key_for(job_id), "status")
+        found = pipe.execute()
+    return {job_id: status.decode() for job_id, status in zip(job_ids, found, strict=True) if status}
+
+
+def is_in_flight(status: str | None) -> bool:
+    return status in _IN_FLIGHT
+
+
+def enqueue(queue: Queue, task: Task, guards: dict[str, str | None], at_front: bool = False) -> bool:
+    """Queues the task unless it is in flight already; all or nothing.
+
+    Args:
+        queue: where to.
+        task: what.
+        guards: Redis keys and the field ``generation`` they must still hold (None: the key must only exist); a watch that was stopped
+            or replaced in the meantime queues nothing.
+        at_front: before those that wait.
+
+    Returns:
+        True when it was queued now.
+    """
+    connection: Connection = queue.connection
+    key = Job.key_for(task.id)
+    with connection.pipeline() as pipe:
+        while True:
+            try:
+                pipe.watch(key, *guards)
+                for guard, generation in guards.items():
+                    if generation is None:
+                        if not pipe.exists(guard):
+                            return False
+                    elif pipe.hget(guard, "generation") != generation.encode():
+                        return False
+                status = pipe.hget(key, "status")
+                if status and is_in_flight(status.decode()):
+                    return False
+                meta = _meta(pipe.hget(key, "meta"))
+                job = queue.create_job(
+                    EVALUATE,
+                    kwargs=task.to_json(),
+                    job_id=task.id,
+                    description=task.description,
+                    timeout=task.timeout + ALARM_MARGIN,
+                    result_ttl=RESULT_TTL,
+                    failure_ttl=FAILURE_TTL,
+                    retry=Retry(max=_RQ_RETRIES),
+                    meta=meta,
+                )
+                pipe.multi()
+                pipe.delete(key)
+                pipe.zrem(queue.failed_job_registry.key, task.id)
+                pipe.zrem(queue.finished_job_registry.key, task.id)
+                queue.enqueue_job(job, pipeline=pipe, at_front=at_front)
+                pipe.execute()
+                return True
+            except WatchError:
+                continue
+
+
+def _meta(stored: bytes | None) -> dict[str, Any]:
+    """What an earlier run of the job left to be delivered: its outcome, when the record could not be written."""
+    meta = json.loads(stored) if stored else {}
+    return {"outcome": meta["outcome"]} if "outcome" in meta else {}

@@ -1,0 +1,210 @@
+"""The noun of an outcome: one evaluation of one checkpoint, as one JSON file. Every path below ``evals/`` is made here.
+
+The record is the memory of "done": a checkpoint whose identity and evaluator's name stand in a record is not evaluated again.
+"""
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from assayer.errors import AssayerError
+from assayer.files import digest, read_json, short_name, write_json
+
+__all__ = ["OWN_FOLDERS", "STATUSES", "Place", "Record", "flatten", "now_utc"]
+
+SCHEMA = 1
+STATUSES = ("finished", "failed", "timeout", "superseded", "vanished", "skipped", "cancelled")
+
+# Folders that assayer makes beside checkpoints; no watch looks into them.
+OWN_FOLDERS = frozenset({"evals", "merged"})
+
+# Bytes kept free after a checkpoint's name for "@<8 digits>.json.tmp-<random>".
+_ROOM = 40
+
+
+def now_utc() -> str:
+    """This moment in UTC, ISO 8601 with microseconds."""
+    return datetime.now(UTC).isoformat()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one evaluation came to. ``seconds`` holds the time of each station; ``error`` cause, message and the traceback's end."""
+
+    checkpoint: str
+    format: str
+    step: int | None
+    epoch: float | None
+    tokens: int | None
+    identity: str
+    weights: str
+    evaluator: dict[str, Any]
+    status: str
+    metrics: dict[str, float | int | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+    attempts: int = 0
+    started: str = ""
+    ended: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    host: str = ""
+    gpus: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    log: str | None = None
+    schema: int = SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def ended_at(self) -> float:
+        """Seconds since the epoch; 0 when the record does not say."""
+        try:
+            return datetime.fromisoformat(self.ended).timestamp()
+        except ValueError:
+            return 0.0
+
+
+_FIELDS = {f.name for f in fields(Record)}
+
+
+def read(path: Path) -> Record | None:
+    """The record in ``path``; None when there is none, or it is not one."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        return None
+    with contextlib.suppress(TypeError):
+        return Record(**{key: value[key] for key in _FIELDS & value.keys()})
+    return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the results of one checkpoint under one evaluator lie."""
+
+    folder: Path
+    name: str
+
+    @classmethod
+    def of(cls, checkpoint: str, evaluator: str, results_dir: str | None = None) -> "Place":
+        """``<folder of the checkpoint>/evals/<evaluator>/``, or ``<results_dir>/<run name>-<digest of its path>/<evaluator>/``.
+
+        accelerate counts whatever lies in ``checkpoints/`` as checkpoints and stops training over a name without a digit
+        (accelerator.py, save_state), so for ``checkpoints/checkpoint_N`` the folder is one level higher.
+        """
+        path = Path(checkpoint)
+        run = path.parent
+        if run.name == "checkpoints" and re.fullmatch(r"checkpoint_\d+", path.name):
+            run = run.parent
+        if results_dir:
+            root = Path(results_dir) / f"{short_name(run.name, _ROOM)}-{digest(str(run))[:8]}"
+        else:
+            root = run / "evals"
+        return cls(root / evaluator, short_name(path.name, _ROOM))
+
+    @property
+    def record(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    def earlier(self, identity: str) -> Path:
+        """Where the record of an identity lies that is no longer (or was never) the one under the checkpoint's name."""
+        return self.folder / f"{self.name}@{identity[:8]}.json"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def output(self) -> Path:
+        """The folder for an evaluator's own files."""
+        return self.folder / f"{self.name}.files"
+
+    def find(self, identity: str) -> Record | None:
+        """The record of these weights, wherever it lies; None when they were not evaluated."""
+        for path in (self.record, self.earlier(identity)):
+            record = read(path)
+            if record and record.identity == identity:
+                return record
+        return None
+
+    def write(self, record: Record) -> Path:
+        """Writes the record, whole or not at all, and returns its path. Another identity's record under this name is kept beside it.
+
+        Raises:
+            OSError: the folder is read-only or full.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if record.status == "superseded":
+            path = self.earlier(record.identity)
+        else:
+            path = self.record
+            present = read(path)
+            if present and present.identity != record.identity:
+                _keep(path, self.earlier(present.identity))
+        write_json(path, record.to_json())
+        return path
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Gives the file a second name, or, where the file system has no hard links, its new one."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        pass
+    except OSError:
+        os.replace(path, name)
+
+
+def flatten(result: object) -> tuple[dict[str, float | int | None], list[str]]:
+    """An evaluator's return value as metric names and finite numbers, with a note for each NaN or infinity (stored as null).
+
+    Nested mappings are joined with ``/``; numpy and torch scalars count as numbers.
+
+    Raises:
+        AssayerError: it is no mapping, it is empty, or a value is no number.
+    """
+    if not isinstance(result, Mapping):
+        raise AssayerError(f"the evaluator returned {_kind(result)}; it must return a mapping of metric names to numbers")
+    metrics: dict[str, float | int | None] = {}
+    notes: list[str] = []
+    for name, value in _leaves(result, ""):
+        if name in metrics:
+            raise AssayerError(f"the evaluator returned the metric {name!r} twice")
+        number = _number(name, value)
+        metrics[name] = number if isinstance(number, int) or math.isfinite(number) else None
+        if metrics[name] is None:
+            notes.append(f"{name} is {number}")
+    if not metrics:
+        raise AssayerError("the evaluator returned an empty mapping; it must return at least one metric")
+    return metrics, notes
+
+
+def _leaves(mapping: Mapping[Any, Any], prefix: str) -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for key, value in mapping.items():
+        found += _leaves(value, f"{prefix}{key}/") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def _number(name: str, value: object) -> float | int:
+    if not isinstance(value, int | float | str | bytes) and hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (ValueError, RuntimeError, TypeError):
+            shape = tuple(getattr(value, "shape", ()))
+            raise AssayerError(f"the metric {name!r} has the shape {shape}; it must be one number") from None
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    raise AssayerError(f"the metric {name!r} is {_kind(value)}, not a number")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,156 @@
+"""Ends watches, empties our queues, stops our workers and our Redis: ``python -m assayer.shutdown``. Baselines and records stay."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import redis
+
+from assayer import cli
+from assayer.errors import UsageError
+from assayer.files import locked, printable
+from assayer.plan import Plan, PlanStore, host_name, state_directory
+from assayer.queues import Connection, chain
+from assayer.queues.board import Board
+from assayer.queues.connect import Target, open_running, target
+from assayer.queues.embedded import Server, other_hosts
+from assayer.queues.enqueue import open_queue
+from assayer.queues.recover import our_workers, remove_waiting
+from assayer.queues.stop import order_to_stop
+from assayer.worker.launch import Crew
+from assayer.worker.supervise import retire_redis
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class _Where:
+    """What a shutdown works on."""
+
+    connection: Connection
+    state: Path
+    chosen: Target
+    watch_queue: str
+    eval_queue: str
+
+
+@cli.command("shutdown")
+@click.option("--directory", "directories", multiple=True, metavar="DIR", help="End only the watches of this directory. Repeatable.")
+@click.option("--now", is_flag=True, help="End running evaluations at once; the next watch finds their checkpoints again.")
+@cli.redis_options
+def main(
+    directories: tuple[str, ...],
+    now: bool,
+    redis_url: str | None,
+    redis_host: str | None,
+    redis_port: int | None,
+    watch_queue_name: str,
+    eval_queue_name: str,
+) -> None:
+    """Ends the watches, takes our jobs off the two queues, stops our workers after the running evaluation, then our Redis.
+
+    Other RQ users' queues and workers on the same Redis are not touched. Baselines stay on disk, so that the next watch misses nothing.
+    """
+    state = state_directory()
+    chosen = target(redis_url, redis_host, redis_port, state)
+    connection = open_running(chosen, state)
+    if connection is None:
+        store = PlanStore(state)
+        left = [plan for plan in store.active(chosen.name) if not directories]
+        for plan in left:
+            store.stop(plan.id)
+            _say(f"ended the watch of {plan.directory} with {plan.evaluator.name}")
+        for host in other_hosts(state):
+            _say(f"an embedded Redis has data on host {host}: run assayer.shutdown there")
+        _say("nothing is running")
+        return
+    where = _Where(connection, state, chosen, watch_queue_name, eval_queue_name)
+    if directories:
+        _end_some(where, [os.path.abspath(os.path.expanduser(d)) for d in directories])
+        return
+    _end_watches(where, _plans(where))
+    chain.break_off(connection, watch_queue_name)
+    for name in (watch_queue_name, eval_queue_name):
+        count = remove_waiting(open_queue(connection, name))
+        _say(f"queue {name}: took {count} waiting jobs out")
+    _stop_workers(where, now)
+    remove_waiting(open_queue(connection, eval_queue_name))
+    _stop_redis(where)
+
+
+def _plans(where: _Where) -> list[Plan]:
+    """What runs in Redis, and what this host's disk still takes for running."""
+    plans = {p.id: p for p in PlanStore(where.state).active(where.chosen.name) if p.watch_queue == where.watch_queue}
+    return list({**plans, **{p.id: p for p in Board(where.connection, where.watch_queue).plans()}}.values())
+
+
+def _end_watches(where: _Where, plans: list[Plan]) -> None:
+    store, board = PlanStore(where.state), Board(where.connection, where.watch_queue)
+    for plan in plans:
+        # The disk first: a supervisor publishes again what only Redis has forgotten.
+        if plan.host == host_name():
+            store.stop(plan.id)
+        board.remove(plan)
+        _say(f"ended the watch of {plan.directory} with {plan.evaluator.name}")
+
+
+def _end_some(where: _Where, directories: list[str]) -> None:
+    plans = [plan for plan in _plans(where) if plan.directory in directories]
+    known = {plan.directory for plan in plans}
+    for directory in directories:
+        if directory not in known:
+            watched = ", ".join(sorted({printable(p.directory) for p in _plans(where)})) or "nothing"
+            raise UsageError(f"{printable(directory)} is not watched; watched: {watched}")
+    board = Board(where.connection, where.watch_queue)
+    waiting = {sight["job"] for plan in plans for sight in board.sights(plan.id).values() if "job" in sight}
+    _end_watches(where, plans)
+    count = remove_waiting(open_queue(where.connection, where.eval_queue), waiting)
+    _say(f"queue {where.eval_queue}: took {count} waiting jobs out")
+    left = _plans(where)
+    _say(f"{len(left)} watches go on" if left else "no watch is left; the workers end after the running evaluation")
+
+
+def _stop_workers(where: _Where, now: bool) -> None:
+    """Ends our workers on every host, and waits for them."""
+    how = "now" if now else "warm"
+    crew = Crew(where.state, where.chosen)
+    if crew.is_supervised():
+        crew.stop(how)
+    order_to_stop(where.connection, how)
+    ended: dict[str, str] = {}
+    said = ""
+    while crew.is_supervised() or our_workers(where.connection, [where.watch_queue, where.eval_queue]):
+        try:
+            workers = our_workers(where.connection, [where.watch_queue, where.eval_queue])
+        except redis.RedisError:
+            # The supervisor, the last to leave, has stopped the embedded Redis.
+            workers = []
+        ended |= {w["name"]: w["queue"] for w in workers}
+        busy = ", ".join(w["name"] for w in workers if w["state"] == "busy")
+        if busy and busy != said:
+            _say(f"waiting for the running evaluation of {busy} (--now ends it at once)")
+            said = busy
+        if not workers and not crew.is_supervised():
+            break
+        time.sleep(0.1)
+    for name in ended:
+        _say(f"worker {name} ended")
+
+
+def _stop_redis(where: _Where) -> None:
+    if not where.chosen.embedded:
+        return
+    crew = Crew(where.state, where.chosen)
+    with locked(crew.gate):
+        retire_redis(crew)
+    _say("the embedded Redis still serves others" if Server(where.state).is_running() else "the embedded Redis is stopped")
+
+
+def _say(text: str) -> None:
+    click.echo(printable(text))
+
+
+if __name__ == "__main__":
+    cli.run(main, "python -m assayer.shutdown")

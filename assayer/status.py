@@ -1,0 +1,170 @@
+"""What is queued, running, done and failed, and why a checkpoint is not ready: ``python -m assayer.status``."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from assayer import cli
+from assayer.files import printable
+from assayer.plan import Plan, PlanStore, state_directory
+from assayer.queues import Connection
+from assayer.queues.board import Board
+from assayer.queues.connect import Target, open_running, target
+from assayer.queues.embedded import other_hosts
+from assayer.queues.enqueue import open_queue
+from assayer.queues.recover import our_workers
+from assayer.watch.show import BAD, Row, rows_of, table_of
+
+__all__ = ["main"]
+
+# Seconds between two looks of --watch.
+STEP = 1.0
+
+
+@cli.command("status")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--watch", "live", is_flag=True, help="Keep showing, until Ctrl-C.")
+@cli.redis_options
+def main(
+    as_json: bool,
+    live: bool,
+    redis_url: str | None,
+    redis_host: str | None,
+    redis_port: int | None,
+    watch_queue_name: str,
+    eval_queue_name: str,
+) -> None:
+    """Shows watches, checkpoints, queues, workers and failures. Exit code 0, or 1 when something failed."""
+    state = state_directory()
+    chosen = target(redis_url, redis_host, redis_port, state)
+    queues = [watch_queue_name, eval_queue_name]
+    console = Console()
+    connection = open_running(chosen, state)
+    if live and connection is not None:
+        with Live(console=console, auto_refresh=False, screen=console.is_terminal) as screen:
+            while True:
+                screen.update(_shown(gather(connection, state, chosen, queues), limit=max(5, console.height - 15)), refresh=True)
+                time.sleep(STEP)
+    told = gather(connection, state, chosen, queues)
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+    else:
+        console.print(_shown(told))
+    if told["failed"]:
+        raise SystemExit(1)
+
+
+def gather(connection: Connection | None, state: Path, chosen: Target, queues: list[str]) -> dict[str, Any]:
+    """Everything that status tells, as JSON."""
+    plans = _plans(connection, state, chosen, queues[0])
+    watches = [_watch(connection, plan) for plan in plans]
+    told: dict[str, Any] = {"redis": chosen.name, "running": connection is not None, "watches": watches}
+    told["queues"] = {name: _lengths(connection, name) for name in queues} if connection is not None else {}
+    told["workers"] = _workers(connection, queues) if connection is not None else []
+    problems = connection.hgetall("assayer:problems") if connection is not None else {}
+    told["problems"] = [p.decode(errors="replace") for p in problems.values() if p]
+    if connection is None:
+        told["problems"] += [f"an embedded Redis has data on host {host}: look there, or give --redis_url" for host in other_hosts(state)]
+    failures = [c for w in watches for c in w["checkpoints"] if c["state"] in BAD]
+    told["failed"] = [{key: c[key] for key in ("path", "evaluator", "state", "error", "reason")} for c in failures]
+    return told
+
+
+def _plans(connection: Connection | None, state: Path, chosen: Target, queue: str) -> list[Plan]:
+    """The plans that run, from Redis; and those of this host that are on disk alone: ended, or not published yet."""
+    running = {p.id: p for p in Board(connection, queue).plans()} if connection is not None else {}
+    stored = {p.id: p for p in PlanStore(state).all() if p.redis == chosen.name and p.watch_queue == queue}
+    return sorted({**stored, **running}.values(), key=lambda plan: (plan.directory, plan.evaluator.name))
+
+
+def _watch(connection: Connection | None, plan: Plan) -> dict[str, Any]:
+    board = Board(connection, plan.watch_queue) if connection is not None else None
+    tick = board.tick(plan.id) if board else {"problem": ""}
+    active = board.has(plan.id) if board else False
+    rows = rows_of(connection, plan) if connection is not None else []
+    return {
+        "directory": plan.directory,
+        "evaluator": plan.evaluator.name,
+        "reference": str(plan.evaluator.reference),
+        "state": "running" if active else "starting" if plan.active else "ended",
+        "polling_interval": plan.polling_interval,
+        "last_look": tick.get("last"),
+        "next_look": tick.get("next") if active else None,
+        "problem": tick["problem"] if active else "",
+        "checkpoints": [_checkpoint(row) for row in rows],
+    }
+
+
+def _checkpoint(row: Row) -> dict[str, Any]:
+    facts = asdict(row)
+    return {
+        key: facts[key]
+        for key in ("path", "name", "evaluator", "state", "reason", "step", "epoch", "attempts", "seconds", "metrics", "error")
+    }
+
+
+def _lengths(connection: Connection, name: str) -> dict[str, int]:
+    queue = open_queue(connection, name)
+    started = queue.started_job_registry.get_job_count(cleanup=False)
+    return {"queued": queue.count, "started": started, "scheduled": queue.scheduled_job_registry.get_job_count(cleanup=False)}
+
+
+def _workers(connection: Connection, queues: list[str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for worker in our_workers(connection, queues):
+        job = worker.pop("current_job")
+        description = connection.hget(f"rq:job:{job}", "description") if job else None
+        found.append({**worker, "job": description.decode(errors="replace") if description else None})
+    return found
+
+
+def _shown(told: dict[str, Any], limit: int | None = None) -> Group:
+    parts: list[Any] = [Text(f"Redis: {told['redis']}" + ("" if told["running"] else " (does not run: nothing is watched, nothing waits)"))]
+    now = time.time()
+    for watch in told["watches"]:
+        if watch["state"] == "ended" and not watch["checkpoints"]:
+            continue
+        when = f", next look in {max(0.0, watch['next_look'] - now):.0f} s" if watch["next_look"] is not None else ""
+        parts.append(Text(f"\n{printable(watch['directory'])} with {watch['evaluator']}: {watch['state']}{when}", style="bold"))
+        if watch["problem"]:
+            parts.append(Text(f"  {printable(watch['problem'])}", style="yellow"))
+        if watch["checkpoints"]:
+            parts.append(table_of([Row(**c) for c in watch["checkpoints"]], limit=limit))
+    if told["queues"]:
+        parts.append(
+            _two_columns(
+                "queue", {n: f"{q['queued']} queued, {q['started']} started, {q['scheduled']} scheduled" for n, q in told["queues"].items()}
+            )
+        )
+    if told["workers"]:
+        parts.append(_two_columns("worker", {w["name"]: _doing(w) for w in told["workers"]}))
+    parts += [Text(printable(problem), style="yellow") for problem in told["problems"]]
+    if told["failed"]:
+        parts.append(Text(f"\n{len(told['failed'])} failed", style="red"))
+    return Group(*parts)
+
+
+def _doing(worker: dict[str, Any]) -> str:
+    gpus = f"gpu {worker['gpus']}, " if worker["gpus"] else ""
+    return f"{gpus}{worker['hostname']}, pid {worker['pid']}: {worker['job'] or worker['state'] or 'starting'}"
+
+
+def _two_columns(heading: str, rows: dict[str, str]) -> Group:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(heading, overflow="fold")
+    table.add_column("", overflow="fold")
+    for name, text in rows.items():
+        table.add_row(Text(printable(name)), Text(printable(text)))
+    return Group(Text(""), table)
+
+
+if __name__ == "__main__":
+    cli.run(main, "python -m assayer.status")

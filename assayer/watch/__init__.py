@@ -1,0 +1,1 @@
+"""Watching: one tick lists, tells what is new and whole, and queues it."""

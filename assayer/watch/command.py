@@ -1,0 +1,305 @@
+"""The flags of ``python -m assayer.watch``: from words to plans, on disk before anything runs."""
+
+import glob
+import json
+import math
+import os
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from assayer import cli, refs
+from assayer.errors import EvaluatorError, StateError, UsageError
+from assayer.files import printable
+from assayer.plan import Evaluator, Plan, PlanStore, host_name, state_directory
+from assayer.queues import chain
+from assayer.queues.board import Board
+from assayer.queues.connect import Target, open_target, target
+from assayer.session import Session
+from assayer.watch.diff import baseline_of
+from assayer.watch.dry_run import show_dry_run
+from assayer.watch.foreground import Foreground
+from assayer.watch.look import Memory, in_thread, see
+from assayer.worker.launch import Crew, eval_slots, watch_slots
+
+__all__ = ["main"]
+
+# Seconds that a directory may take to be listed when the command is given.
+LISTING_TIMEOUT = 120
+
+
+@cli.command("watch")
+@click.option(
+    "--directory",
+    "directories",
+    multiple=True,
+    required=True,
+    metavar="DIR",
+    help="Directory that holds checkpoints, or a glob pattern of such directories, matched anew at every look. Repeatable.",
+)
+@click.option(
+    "--evaluator",
+    "evaluators",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]REF",
+    help="Function that evaluates: path/to/file.py:function, pkg.module.function or pkg.module:function. Repeatable.",
+)
+@click.option(
+    "-E",
+    "--evaluator_arg",
+    "arguments",
+    multiple=True,
+    metavar="[NAME:]KEY=VALUE",
+    help="Keyword for the evaluators, or for the one called NAME; VALUE is read as JSON, else as a string. Repeatable.",
+)
+@click.option(
+    "--regex_filter", metavar="REGEX", help="Only checkpoints whose path below the directory has a match.  [default: all of a known format]"
+)
+@click.option("--max_depth", type=click.IntRange(min=1), default=3, metavar="N", help="How deep below a directory to look.")
+@click.option("--eval_existing", is_flag=True, help="Also evaluate the checkpoints that are there already.")
+@click.option(
+    "--polling_interval", type=click.FloatRange(min=0), default=5.0, metavar="SECONDS", help="Time between two looks; under 1 acts as 1."
+)
+@click.option(
+    "--quiet_period",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    metavar="SECONDS",
+    help="Time without change after which a checkpoint counts as whole, where its format leaves no sign.",
+)
+@click.option(
+    "--order", type=click.Choice(["oldest", "newest"]), default="oldest", help="Which waiting checkpoint is evaluated first, by step."
+)
+@click.option(
+    "--every", type=click.IntRange(min=1), metavar="N", help="Only steps divisible by N, and the last one when the watch ends by itself."
+)
+@click.option(
+    "--num_eval_workers",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Eval workers on this host, in all; 0: they stand elsewhere.  [default: one a visible GPU, one without GPU]",
+)
+@click.option(
+    "--num_watch_workers",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Watch workers on this host, in all; more are stand-bys.",
+)
+@click.option("--timeout", type=click.IntRange(min=1), default=86400, metavar="SECONDS", help="Time that one evaluation may take.")
+@click.option(
+    "--retries", type=click.IntRange(min=0), default=2, metavar="N", help="How often an evaluation that ended badly is tried again."
+)
+@click.option("--results_dir", metavar="DIR", help="Where results go.  [default: evals/ beside the checkpoints]")
+@click.option("--forget", is_flag=True, help="Drop what earlier watches of these directories took for existing.")
+@click.option("--retry_failed", is_flag=True, help="Evaluate the checkpoints again whose evaluation failed.")
+@click.option("--reevaluate", is_flag=True, help="Evaluate the checkpoints again that have a record.")
+@click.option("--wait_for_directory", is_flag=True, help="Accept a directory that does not exist yet.")
+@click.option(
+    "--once", is_flag=True, help="Evaluate what is there and is due, then end. A directory that was never watched has no baseline then."
+)
+@click.option("--until_idle", type=click.FloatRange(min=0), metavar="SECONDS", help="End after this time without anything new or to do.")
+@click.option("--until_step", type=click.IntRange(min=0), metavar="N", help="End after the checkpoint of step N or later.")
+@click.option("--until_file", metavar="PATH", help="End when this file exists: evaluate what is left, then free the GPUs.")
+@click.option("--detach", is_flag=True, help="Return as soon as the watch runs; end it with assayer.shutdown.")
+@click.option("--dry_run", is_flag=True, help="Say for each checkpoint what would be done, and why not; change nothing.")
+@cli.redis_options
+def main(
+    directories: tuple[str, ...],
+    evaluators: tuple[str, ...],
+    arguments: tuple[str, ...],
+    num_eval_workers: int | None,
+    num_watch_workers: int,
+    forget: bool,
+    eval_existing: bool,
+    wait_for_directory: bool,
+    detach: bool,
+    dry_run: bool,
+    redis_url: str | None,
+    redis_host: str | None,
+    redis_port: int | None,
+    **flags: Any,
+) -> None:
+    """Watches directories of checkpoints and evaluates each new one, once, as soon as it is whole."""
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    cwd, now = Path.cwd(), time.time()
+    state = state_directory()
+    _check_flags(flags)
+    chosen = target(redis_url, redis_host, redis_port, state)
+    found = _directories(directories, cwd, wait_for_directory)
+    wanted = _evaluators(evaluators, arguments, cwd)
+    for warning in [refs.check(e.reference, list(e.arguments), torch_elsewhere=num_eval_workers == 0) for e in wanted]:
+        if warning:
+            errors.print(f"assayer: warning: {printable(warning)}", markup=False)
+    common = _common(flags, cwd, now) | {"redis": chosen.name, "host": host_name(), "given": now, "detached": detach}
+    plans = [Plan(directory=d, is_pattern=p, evaluator=e, **common) for d, p in found for e in wanted]
+    store = PlanStore(state)
+    for plan in plans:
+        _refuse_another(plan, store)
+    if not dry_run:
+        open_target(chosen, state).close()
+    keep_baseline = not (eval_existing or forget)
+    plans = _with_baselines(plans, store, keep_baseline, empty=eval_existing, once=bool(flags["once"]))
+    if dry_run:
+        raise SystemExit(show_dry_run(plans, console, chosen, state))
+    slots = watch_slots(str(flags["watch_queue_name"]), num_watch_workers, chosen.name)
+    slots += eval_slots(str(flags["eval_queue_name"]), num_eval_workers, chosen.name, os.environ)
+    crew = Crew(state, chosen)
+    with Session(state, [plan.id for plan in plans]):
+        for plan in plans:
+            store.write(plan)
+        missing = crew.want(slots)
+        connection = open_target(chosen, state)
+        for plan in plans:
+            Board(connection, plan.watch_queue).put(plan)
+        chain.hurry(connection, plans[0].watch_queue)
+        _announce(plans, chosen, [slot.label for slot in missing], errors)
+        if detach:
+            return
+        ended_badly = Foreground(plans, connection, crew, console).run()
+    if ended_badly:
+        raise SystemExit(1)
+
+
+def _check_flags(flags: dict[str, Any]) -> None:
+    if flags["regex_filter"] is not None:
+        try:
+            re.compile(flags["regex_filter"])
+        except re.error as error:
+            raise UsageError(f"--regex_filter {printable(flags['regex_filter'])} is no regular expression: {error}") from None
+    for name in ("polling_interval", "quiet_period", "until_idle"):
+        if flags[name] is not None and not math.isfinite(flags[name]):
+            raise UsageError(f"--{name} must be a number of seconds")
+    for name in ("watch_queue_name", "eval_queue_name"):
+        if not re.fullmatch(r"[\w.-]+", flags[name]):
+            raise UsageError(f"--{name} {printable(flags[name])!r} may hold letters, digits, '_', '.' and '-'")
+    if flags["watch_queue_name"] == flags["eval_queue_name"]:
+        raise UsageError("--watch_queue_name and --eval_queue_name must be two different queues")
+
+
+def _common(flags: dict[str, Any], cwd: Path, now: float) -> dict[str, Any]:
+    """The fields of a plan that are the same for every directory and evaluator of this command."""
+    kept = ("regex_filter", "max_depth", "polling_interval", "quiet_period", "order", "every", "timeout", "retries", "once")
+    fields = {name: flags[name] for name in (*kept, "until_idle", "until_step")}
+    for name in ("results_dir", "until_file"):
+        fields[name] = None if flags[name] is None else _absolute(flags[name], cwd)
+    fields["polling_interval"] = max(1.0, flags["polling_interval"])
+    fields |= {"watch_queue": flags["watch_queue_name"], "eval_queue": flags["eval_queue_name"]}
+    fields["reevaluate_before"] = now if flags["reevaluate"] else None
+    fields["retry_failed_before"] = now if flags["retry_failed"] else None
+    return fields
+
+
+def _absolute(path: str, cwd: Path) -> str:
+    return os.path.normpath(os.path.join(cwd, os.path.expanduser(path)))
+
+
+def _directories(given: tuple[str, ...], cwd: Path, may_be_missing: bool) -> list[tuple[str, bool]]:
+    """Each directory as an absolute path, with whether it is a pattern.
+
+    Raises:
+        UsageError: one does not exist, is a file, or cannot be read.
+    """
+    found = []
+    for text in given:
+        path = _absolute(text, cwd)
+        is_pattern = not os.path.lexists(path) and any(c in text for c in "*?[")
+        if is_pattern:
+            matches = [m for m in glob.glob(path, recursive=True) if os.path.isdir(m)]
+            if not matches and not may_be_missing:
+                raise UsageError(f"no directory matches {printable(path)}; correct the pattern, or give --wait_for_directory")
+        elif os.path.isdir(path):
+            if not os.access(path, os.R_OK | os.X_OK):
+                raise UsageError(f"the directory {printable(path)} cannot be read by this user; change its permissions")
+        elif os.path.lexists(path):
+            raise UsageError(f"{printable(path)} is no directory; --directory takes the directory that holds the checkpoints")
+        elif not may_be_missing:
+            raise UsageError(f"no directory {printable(path)}; correct the path, or give --wait_for_directory")
+        if (path, is_pattern) not in found:
+            found.append((path, is_pattern))
+    return found
+
+
+def _evaluators(given: tuple[str, ...], arguments: tuple[str, ...], cwd: Path) -> list[Evaluator]:
+    """The evaluators by name, each with its arguments.
+
+    Raises:
+        EvaluatorError: a reference leads nowhere, a name is not allowed or stands for two functions.
+        UsageError: an argument has no key, or names no evaluator.
+    """
+    named: dict[str, Evaluator] = {}
+    for text in given:
+        label = re.match(r"([^=:/]+)=(.+)", text)
+        reference = refs.parse(label[2] if label else text, cwd)
+        name = label[1] if label else reference.function
+        if not re.fullmatch(r"\w[\w.-]*", name) or len(name) > 100:
+            raise EvaluatorError(f"the evaluator's name {printable(name)!r} may hold letters, digits, '_', '.' and '-', 100 at most")
+        if name in named and named[name].reference != reference:
+            raise EvaluatorError(f"two evaluators are called {name!r}; give one of them another name: --evaluator other={printable(text)}")
+        named[name] = Evaluator(name, reference, source=refs.source_digest(reference))
+    for text in arguments:
+        key, equals, value = text.partition("=")
+        scope, colon, inner = key.rpartition(":")
+        if not equals or not inner.isidentifier():
+            raise UsageError(f"-E {printable(text)} must be KEY=VALUE or NAME:KEY=VALUE")
+        if colon and scope not in named:
+            raise UsageError(f"-E {printable(text)}: no evaluator is called {printable(scope)!r}; there are {', '.join(named)}")
+        for name in [scope] if colon else list(named):
+            named[name].arguments[inner] = _value(value)
+    return list(named.values())
+
+
+def _value(text: str) -> Any:
+    def refuse(name: str) -> Any:
+        raise ValueError(name)
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _refuse_another(plan: Plan, store: PlanStore) -> None:
+    """Refuses a second evaluator under a name that a running watch of this directory gives to another one."""
+    present = store.read(plan.id)
+    if present and present.active and str(present.evaluator.reference) != str(plan.evaluator.reference):
+        raise EvaluatorError(
+            f"{printable(plan.directory)} is watched with another evaluator called {plan.evaluator.name!r} "
+            f"({printable(str(present.evaluator.reference))}); give this one another name: --evaluator name=..."
+        )
+
+
+def _with_baselines(plans: list[Plan], store: PlanStore, keep: bool, empty: bool, once: bool) -> list[Plan]:
+    """The plans with what was there before: as an earlier watch noted it, else as it is now."""
+    memories: dict[str, Memory] = {}
+    done = []
+    for plan in plans:
+        present = store.read(plan.id)
+        detached = plan.detached or bool(present and present.active and present.detached)
+        plan = replace(plan, detached=detached)
+        if empty:
+            plan = replace(plan, baseline={})
+        elif present and keep:
+            plan = replace(plan, baseline=present.baseline)
+        elif not once:
+            memory = memories.setdefault(plan.directory, Memory())
+            seen = in_thread(lambda plan=plan, memory=memory: see(plan, memory, time.time()), LISTING_TIMEOUT)  # type: ignore[misc]
+            if seen is None:
+                raise StateError(f"{printable(plan.directory)} was not listed within {LISTING_TIMEOUT} s; is its file system up?")
+            plan = replace(plan, baseline=baseline_of(seen[0]))
+        done.append(plan)
+    return done
+
+
+def _announce(plans: list[Plan], chosen: Target, started: list[str], console: Console) -> None:
+    for plan in plans:
+        kept = f", {len(plan.baseline)} checkpoints were there before" if plan.baseline else ""
+        console.print(f"watching {printable(plan.directory)} with {plan.evaluator.name}{kept}", markup=False, highlight=False)
+    if started:
+        console.print(f"starting workers: {', '.join(started)} ({chosen.name})", markup=False, highlight=False)

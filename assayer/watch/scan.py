@@ -1,0 +1,114 @@
+"""From a directory to the checkpoints in it: names, sizes and times only; no file is opened but the markers that formats read."""
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from assayer import formats
+from assayer.checkpoint import Checkpoint, Entry, Listing, entry_of
+from assayer.files import printable
+from assayer.record import OWN_FOLDERS
+
+__all__ = ["Found", "Scan", "is_temporary", "scan"]
+
+# Names under which trainers and copy programs keep what is not finished yet.
+TEMPORARY = (
+    *("tmp-*", "tmp_*", "*-tmp", "*_tmp", "*.tmp", "*.tmp.*", "*.temp", "*.part", "*.partial", "*.incomplete", "*.writing"),
+    *("*-unfinished", "*.orbax-checkpoint-tmp-*", "*.lock", "*~", ".*"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint and the listing in which it was seen."""
+
+    checkpoint: Checkpoint
+    listing: Listing
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one look at a directory found, and a sentence for each part of it that could not be read."""
+
+    found: tuple[Found, ...]
+    problems: tuple[str, ...] = ()
+
+
+def is_temporary(name: str) -> bool:
+    """True for a name that is never a checkpoint's: hidden, or one that says "not finished"."""
+    return any(fnmatch(name, pattern) for pattern in TEMPORARY)
+
+
+def scan(directory: str, max_depth: int, regex_filter: str | None = None) -> Scan:
+    """The checkpoints in a directory and up to ``max_depth`` levels below it.
+
+    Symbolic links below the directory are not followed: a link such as ``latest`` points at what is listed anyway. In a directory that
+    is a checkpoint itself, only directories are looked into: some trainers lay ``checkpoint-N`` beside a final export.
+
+    Args:
+        directory: absolute path.
+        max_depth: 1 is what lies directly in it.
+        regex_filter: only checkpoints whose path below the directory has a match of this regular expression.
+
+    Raises:
+        OSError: the directory itself is gone or cannot be read.
+    """
+    found: list[Found] = []
+    problems: list[str] = []
+    _walk(directory, 0, max_depth, found, problems)
+    if regex_filter is not None:
+        pattern = re.compile(regex_filter)
+        found = [f for f in found if pattern.search(os.path.relpath(f.checkpoint.path, directory))]
+    return Scan(tuple(sorted(found, key=lambda f: f.checkpoint.order)), tuple(problems))
+
+
+def _walk(path: str, depth: int, max_depth: int, found: list[Found], problems: list[str]) -> None:
+    try:
+        files, folders = _list(path)
+    except OSError as error:
+        if depth == 0:
+            raise
+        # What is deleted while we look was no checkpoint that stays.
+        if not isinstance(error, FileNotFoundError):
+            problems.append(f"cannot read {printable(path)}: {error.strerror}")
+        return
+    listing = Listing(path, True, tuple(files))
+    checkpoint = _identify(listing)
+    if checkpoint:
+        found.append(Found(checkpoint, listing))
+    elif depth < max_depth:
+        for entry in files:
+            if not is_temporary(entry.name):
+                alone = Listing(os.path.join(path, entry.name), False, (entry,))
+                single = _identify(alone)
+                if single:
+                    found.append(Found(single, alone))
+    if depth < max_depth:
+        for name in folders:
+            if name not in OWN_FOLDERS and not is_temporary(name):
+                _walk(os.path.join(path, name), depth + 1, max_depth, found, problems)
+
+
+def _list(path: str) -> tuple[list[Entry], list[str]]:
+    files, folders = [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(status.st_mode):
+                files.append(entry_of(entry.name, status))
+            elif stat.S_ISDIR(status.st_mode):
+                folders.append(entry.name)
+    return sorted(files, key=lambda e: e.name), sorted(folders)
+
+
+def _identify(listing: Listing) -> Checkpoint | None:
+    try:
+        return formats.identify(listing)
+    except OSError:
+        # A marker that vanished between listing and reading: the next look sees what is there then.
+        return None

@@ -1,0 +1,282 @@
+"""A stranger's function in a process of its own: it may crash, hang, flood its output or leave processes behind, and all of that ends.
+
+The caller becomes the reaper of everything below it (PR_SET_CHILD_SUBREAPER), so that a process which left for a session of its own is
+still found and ended. On systems other than Linux these bonds are missing, and only the child itself is ended.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from assayer.errors import AssayerError
+
+__all__ = ["Ending", "become_reaper", "descendants", "die_with_parent", "end_descendants", "run"]
+
+# Bytes of an evaluator's output that are kept: so much from its start, so much from its end.
+LOG_HEAD = 8 << 20
+LOG_TAIL = 1 << 20
+# Seconds between the polite signal and the hard one.
+GRACE = 5.0
+# Characters of a traceback that a record keeps, from its end.
+TRACEBACK_MAX = 4000
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a child ended: ``cause`` is None when it returned ``value``, else a short name, with ``message`` (one line) and a traceback."""
+
+    value: Any = None
+    cause: str | None = None
+    message: str = ""
+    traceback: str | None = None
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def die_with_parent(parent: int, sig: int = signal.SIGKILL) -> None:
+    """Asks the kernel to send ``sig`` to this process when its parent ends; ends at once when ``parent`` is gone already."""
+    _prctl(_PR_SET_PDEATHSIG, sig)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def become_reaper() -> None:
+    """From now on, orphans among this process's descendants become its children."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants(root: int) -> list[int]:
+    """The processes below ``root``, as /proc shows them; zombies are left out."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc") if sys.platform == "linux" else []:
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                # The command's name stands in brackets and may hold anything.
+                fields = Path("/proc", name, "stat").read_bytes().rpartition(b")")[2].split()
+                if fields[0] not in (b"Z", b"X"):
+                    children.setdefault(int(fields[1]), []).append(int(name))
+    found, todo = [], [root]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def end_descendants(spare: frozenset[int] = frozenset()) -> int:
+    """Kills every process below this one, except ``spare`` and what is below those; returns how many there were."""
+    ended: set[int] = set()
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline:
+        kept = {pid for root in spare for pid in [root, *descendants(root)]}
+        found = [pid for pid in descendants(os.getpid()) if pid not in kept]
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        ended.update(found)
+        if not spare:
+            _reap()
+        if not found:
+            break
+        time.sleep(0.01)
+    return len(ended)
+
+
+def _reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def run(function: Callable[[], Any], log: Path, timeout: float, heading: str) -> Ending:
+    """Calls ``function`` in a forked child and returns how that ended; when it returns, no process below the caller is left.
+
+    Args:
+        function: what to call; its value must be JSON.
+        log: takes the child's standard output and error, appended, the middle left out past 9 MiB.
+        timeout: seconds after which the child is ended.
+        heading: first line of this run in the log.
+
+    Raises:
+        OSError: the log cannot be written.
+    """
+    become_reaper()
+    killed_before = _oom_kills()
+    with log.open("ab") as file:
+        file.write(f"--- {heading}\n".encode(errors="replace"))
+        file.flush()
+        answer = os.memfd_create("answer") if hasattr(os, "memfd_create") else _unnamed_file()
+        read_end, write_end = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _child(function, answer, write_end, parent)
+        os.close(write_end)
+        reader = threading.Thread(target=_copy, args=(read_end, file), daemon=True)
+        reader.start()
+        try:
+            status = _wait(pid, timeout)
+        finally:
+            end_descendants()
+        reader.join(GRACE)
+        os.lseek(answer, 0, os.SEEK_SET)
+        with os.fdopen(answer, "rb") as stored:
+            text = stored.read()
+    if status is None:
+        return Ending(cause="timeout", message=f"did not end within {timeout:g} s")
+    return _ending(status, text, _oom_kills() > killed_before)
+
+
+def _unnamed_file() -> int:
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _wait(pid: int, timeout: float) -> int | None:
+    """The child's wait status, or None when its time ran out; it is gone in either case."""
+    if _exits_within(pid, timeout):
+        return os.waitpid(pid, 0)[1]
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+        if not _exits_within(pid, GRACE):
+            os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def _exits_within(pid: int, timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    if hasattr(os, "pidfd_open"):
+        with contextlib.suppress(OSError):
+            descriptor = os.pidfd_open(pid)
+            try:
+                poll = select.poll()
+                poll.register(descriptor, select.POLLIN)
+                # poll counts in milliseconds, in a 32-bit number.
+                while (left := deadline - time.monotonic()) > 0:
+                    if poll.poll(min(left, 3600) * 1000):
+                        return True
+                return False
+            finally:
+                os.close(descriptor)
+    while time.monotonic() < deadline:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _child(function: Callable[[], Any], answer: int, output: int, parent: int) -> None:
+    """The child's whole life; never returns."""
+    code = 1
+    try:
+        die_with_parent(parent)
+        for sig in (signal.SIGALRM, signal.SIGTERM, signal.SIGPIPE):
+            signal.signal(sig, signal.SIG_DFL)
+        signal.alarm(0)
+        # Where memory runs out the kernel takes this process, never a training run beside it.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000")
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        sys.stdin = open(0, closefd=False)
+        sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+        me = os.getpid()
+        try:
+            told = {"value": function()}
+        except SystemExit as error:
+            told = _told("exit", f"the evaluator called sys.exit({error.code!r})", error)
+        except AssayerError as error:
+            told = {"cause": "evaluator", "message": str(error)}
+        except BaseException as error:
+            name = type(error).__name__
+            out_of_memory = isinstance(error, MemoryError) or "OutOfMemory" in name
+            told = _told("out of memory" if out_of_memory else "exception", f"{name}: {error}", error)
+        if "traceback" in told:
+            print(told["traceback"], file=sys.stderr)
+        # An evaluator that forked and let its own child return must not answer twice.
+        if os.getpid() == me:
+            os.write(answer, json.dumps(told).encode())
+            code = 0
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+    finally:
+        os._exit(code)
+
+
+def _told(cause: str, message: str, error: BaseException) -> dict[str, Any]:
+    text = "".join(traceback.format_exception(error))
+    return {"cause": cause, "message": " ".join(message.split())[:1000], "traceback": text[-TRACEBACK_MAX:]}
+
+
+def _ending(status: int, text: bytes, memory_ran_out: bool) -> Ending:
+    try:
+        return Ending(**json.loads(text))
+    except (ValueError, TypeError):
+        pass
+    if os.WIFSIGNALED(status):
+        name = signal.Signals(os.WTERMSIG(status)).name if os.WTERMSIG(status) in set(signal.Signals) else str(os.WTERMSIG(status))
+        if memory_ran_out and os.WTERMSIG(status) == signal.SIGKILL:
+            return Ending(cause="out of memory", message="the kernel ended the evaluation because memory ran out")
+        return Ending(cause="signal", message=f"the evaluation was ended by signal {name}")
+    return Ending(
+        cause="exit", message=f"the evaluation ended its process with code {os.waitstatus_to_exitcode(status)} before it returned"
+    )
+
+
+def _oom_kills() -> int:
+    """How often the kernel has ended a process for memory: in this control group where it counts, else on this machine."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _copy(source: int, target: Any) -> None:
+    """Copies the child's output to the log until its last writer is gone; past the limit only the end is kept."""
+    written, dropped = 0, 0
+    tail: deque[bytes] = deque()
+    with os.fdopen(source, "rb", buffering=0) as stream:
+        while chunk := stream.read(65536):
+            with contextlib.suppress(OSError, ValueError):
+                if written < LOG_HEAD:
+                    target.write(chunk)
+                    target.flush()
+                    written += len(chunk)
+                    continue
+            tail.append(chunk)
+            while sum(map(len, tail)) - len(tail[0]) > LOG_TAIL:
+                dropped += len(tail.popleft())
+    with contextlib.suppress(OSError, ValueError):
+        if dropped:
+            target.write(f"\n--- {dropped} bytes of output are left out here\n".encode())
+        target.write(b"".join(tail))
+        target.flush()

@@ -1,0 +1,76 @@
+"""The flags of ``python -m assayer.worker``: eval workers by hand, here, in the foreground."""
+
+import logging
+import os
+import sys
+
+import click
+
+from assayer import cli
+from assayer.errors import UsageError
+from assayer.files import locked
+from assayer.plan import state_directory
+from assayer.queues.connect import open_target, target
+from assayer.worker.environ import parse_gpus
+from assayer.worker.launch import Crew, Slot, eval_slots, gpu_slots
+from assayer.worker.supervise import Supervisor, retire_redis
+
+__all__ = ["main"]
+
+
+@cli.command("worker")
+@click.option(
+    "--num_workers", type=click.IntRange(min=1), metavar="N", help="Workers to run.  [default: one a visible GPU, one without GPU]"
+)
+@click.option("--gpus", metavar="LIST", help="GPUs to use: ids, UUIDs or MIG names, separated by commas.  [default: the visible ones]")
+@click.option("--gpus_per_eval", type=click.IntRange(min=1), default=1, metavar="N", help="GPUs that each evaluation sees.")
+@cli.redis_options
+def main(
+    num_workers: int | None,
+    gpus: str | None,
+    gpus_per_eval: int,
+    redis_url: str | None,
+    redis_host: str | None,
+    redis_port: int | None,
+    watch_queue_name: str,
+    eval_queue_name: str,
+) -> None:
+    """Runs eval workers in the foreground, here or on any machine that sees the Redis and the files.
+
+    Ctrl-C ends them after the running evaluation, a second Ctrl-C at once; an interrupted evaluation goes back to the queue.
+    """
+    state = state_directory()
+    chosen = target(redis_url, redis_host, redis_port, state)
+    slots = _slots(num_workers, gpus, gpus_per_eval, eval_queue_name, chosen.name)
+    open_target(chosen, state).close()
+    crew = Crew(state, chosen)
+    free = [slot for slot in slots if not crew.is_held(slot)]
+    for slot in slots:
+        if slot not in free:
+            click.echo(f"{slot.label}: a worker stands there already", err=True)
+    if not free:
+        raise UsageError("every slot has its worker; free one, or name other GPUs with --gpus")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    Supervisor(crew, lambda: free, daemon=False, say=lambda line: click.echo(line, err=True)).run()
+    if not crew.is_supervised():
+        with locked(crew.gate):
+            retire_redis(crew)
+
+
+def _slots(count: int | None, gpus: str | None, each: int, queue: str, redis: str) -> list[Slot]:
+    """The slots that these flags ask for.
+
+    Raises:
+        UsageError: the flags contradict each other, or there are too few GPUs.
+    """
+    if gpus is None:
+        if each == 1:
+            # Numbers are totals: on the n-th start of one worker without a GPU, the n-th place is still free.
+            return eval_slots(queue, count, redis, os.environ)
+        raise UsageError("--gpus_per_eval needs --gpus, such as --gpus 0,1,2,3")
+    slots = gpu_slots(queue, parse_gpus(gpus), each)
+    if not slots:
+        raise UsageError(f"--gpus {gpus} names too few GPUs for --gpus_per_eval {each}")
+    if count is not None and count > len(slots):
+        raise UsageError(f"--num_workers {count} needs {count * each} GPUs, --gpus names {len(parse_gpus(gpus))}")
+    return slots[:count]

@@ -1,0 +1,202 @@
+"""The recipe of one evaluation: check the weights, call the evaluator, check the weights again, record."""
+
+import contextlib
+import inspect
+import logging
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rq import Retry, get_current_job
+from rq.job import Job
+from rq.timeouts import JobTimeoutException
+
+from assayer import formats, refs
+from assayer.checkpoint import identity, list_path
+from assayer.errors import CheckpointError, StateError
+from assayer.files import printable
+from assayer.plan import host_name
+from assayer.queues.enqueue import LOST_MAX, Task
+from assayer.record import Place, Record, flatten, now_utc
+from assayer.worker import child
+from assayer.worker.environ import is_launcher_variable
+
+__all__ = ["evaluate"]
+
+logger = logging.getLogger(__name__)
+
+# RQ's own count of retries never decides: an attempt counts only when the evaluator itself ended badly.
+_AGAIN = 1_000_000
+
+
+def evaluate(**arguments: Any) -> Any:
+    """The eval job: its record's main fields, or RQ's order to try again. ``arguments`` are those of ``Task``."""
+    task = Task.from_json(arguments)
+    place = Place.of(task.checkpoint, task.evaluator.name, task.results_dir)
+    present = place.find(task.identity)
+    if present and present.ended_at >= task.not_before:
+        return _summary(present)
+    _make_folder(place)
+    job = get_current_job()
+    assert job is not None
+    if "outcome" in job.meta:
+        return _deliver(job, place, Record(**job.meta["outcome"]))
+    runs = _count_run(job)
+    base = _record(task, place, job)
+    if runs > LOST_MAX:
+        cause = {"cause": "workers lost", "message": f"{LOST_MAX} workers in a row were lost while they evaluated this checkpoint"}
+        return _deliver(job, place, replace(base, status="failed", error=cause, ended=now_utc()))
+    gone = _changed(task)
+    if gone:
+        return _deliver(job, place, replace(base, status=gone.status, error=gone.error, ended=now_utc()))
+    logger.info("-> %s %s running", printable(os.path.basename(task.checkpoint)), task.evaluator.name)
+    started = time.monotonic()
+    base = replace(base, attempts=base.attempts + 1)
+    ending = _call(task, place, base)
+    seconds = {"evaluate": round(time.monotonic() - started, 3)}
+    if ending.cause is None:
+        gone = _changed(task)
+        if gone and gone.status == "superseded":
+            return _deliver(job, place, replace(base, status="superseded", error=gone.error, seconds=seconds, ended=now_utc()))
+        metrics, notes = ending.value
+        outcome = replace(base, status="finished", metrics=metrics, notes=notes, seconds=seconds, ended=now_utc())
+        return _deliver(job, place, outcome)
+    error = {"cause": ending.cause, "message": ending.message, "traceback": ending.traceback}
+    if base.attempts <= task.retries:
+        _keep(job, attempts=base.attempts, runs=0, error=error)
+        logger.warning("<- %s attempt %d ended badly: %s", printable(os.path.basename(task.checkpoint)), base.attempts, ending.message)
+        return Retry(max=_AGAIN)
+    status = "timeout" if ending.cause == "timeout" else "failed"
+    return _deliver(job, place, replace(base, status=status, error=error, seconds=seconds, ended=now_utc()))
+
+
+class _Gone:
+    """Why the weights that were queued are no longer those at the path."""
+
+    def __init__(self, status: str, message: str) -> None:
+        self.status = status
+        self.error = {"cause": status, "message": message}
+
+
+def _changed(task: Task) -> _Gone | None:
+    """None while the weights at the path are those that were queued."""
+    form = formats.all_formats().get(task.format)
+    if form is None:
+        raise StateError(f"this worker's assayer knows no checkpoint format {task.format!r}; install the version that the watch runs")
+    try:
+        listing = list_path(task.checkpoint)
+        now = identity(listing, form.weights(listing))
+    except FileNotFoundError:
+        return _Gone("vanished", f"{printable(task.checkpoint)} was deleted before it could be evaluated")
+    except CheckpointError as error:
+        return _Gone("superseded", f"{error}: it is being written again")
+    except OSError as error:
+        raise StateError(f"cannot read {printable(task.checkpoint)}: {error.strerror}") from None
+    return None if now == task.identity else _Gone("superseded", "the checkpoint's weights are no longer those that were queued")
+
+
+def _call(task: Task, place: Place, base: Record) -> child.Ending:
+    heading = f"{task.description}, attempt {base.attempts} on {base.host} at {base.started}"
+    try:
+        return child.run(lambda: _in_child(task, place), place.log, task.timeout, heading)
+    except JobTimeoutException:
+        return child.Ending(cause="timeout", message=f"did not end within {task.timeout:g} s")
+    except OSError as error:
+        raise StateError(f"cannot write {printable(str(place.log))}: {error.strerror}") from None
+
+
+def _in_child(task: Task, place: Place) -> Any:
+    """Imports the evaluator and calls it, in the child's own process; returns what ``flatten`` makes of its metrics."""
+    for name in [name for name in os.environ if is_launcher_variable(name)]:
+        del os.environ[name]
+    sys.dont_write_bytecode = True
+    function = refs.load(task.evaluator.reference)
+    named = inspect.signature(function).parameters
+    keywords = dict(task.evaluator.arguments)
+    offered = {"step": lambda: task.step, "original_path": lambda: task.checkpoint, "output_dir": lambda: _output(place)}
+    for name, value in offered.items():
+        if name in list(named)[1:] and name not in keywords:
+            keywords[name] = value()
+    return flatten(function(task.checkpoint, **keywords))
+
+
+def _output(place: Place) -> str:
+    place.output.mkdir(parents=True, exist_ok=True)
+    return str(place.output)
+
+
+def _make_folder(place: Place) -> None:
+    try:
+        place.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateError(f"cannot make {printable(str(place.folder))}: {error.strerror}; give another place with --results_dir") from None
+
+
+def _count_run(job: Job) -> int:
+    """Which run in a row this is that has not come to an orderly end yet; a worker that is lost never sets it back."""
+    _keep(job, runs=job.meta.get("runs", 0) + 1)
+    return int(job.meta["runs"])
+
+
+def _keep(job: Job, **values: Any) -> None:
+    job.meta.update(values)
+    job.save_meta()  # type: ignore[no-untyped-call]
+
+
+def _record(task: Task, place: Place, job: Job) -> Record:
+    """The record as far as it is known before the evaluation."""
+    evaluator = {
+        "name": task.evaluator.name,
+        "reference": str(task.evaluator.reference),
+        "source": refs.source_digest(task.evaluator.reference),
+        "arguments": task.evaluator.arguments,
+    }
+    versions = {"python": platform.python_version()}
+    for package in ("assayer", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return Record(
+        checkpoint=task.checkpoint,
+        format=task.format,
+        step=task.step,
+        epoch=task.epoch,
+        tokens=task.tokens,
+        identity=task.identity,
+        weights="raw",
+        evaluator=evaluator,
+        status="",
+        attempts=job.meta.get("attempts", 0),
+        started=now_utc(),
+        host=host_name(),
+        gpus=[gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu],
+        versions=versions,
+        log=str(place.log),
+    )
+
+
+def _deliver(job: Job, place: Place, record: Record) -> dict[str, Any]:
+    """Writes the record. Where that fails, the outcome waits in the job, and the job's next run delivers it without evaluating again."""
+    try:
+        place.write(record)
+    except OSError as error:
+        _keep(job, outcome=asdict(record), runs=0)
+        raise StateError(f"cannot write {printable(str(place.record))}: {error.strerror}; the outcome is kept and tried again") from None
+    _keep(job, runs=0)
+    shown = " ".join(f"{name}={value:.6g}" for name, value in list(record.metrics.items())[:4] if value is not None)
+    detail = shown or (record.error or {}).get("message", "")
+    logger.info("<- %s %s %s %s", printable(os.path.basename(record.checkpoint)), record.evaluator["name"], record.status, detail)
+    return _summary(record)
+
+
+def _summary(record: Record) -> dict[str, Any]:
+    return {
+        "status": record.status,
+        "metrics": record.metrics,
+        "attempts": record.attempts,
+        "seconds": record.seconds.get("evaluate"),
+        "error": (record.error or {}).get("message"),
+    }

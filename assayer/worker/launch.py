@@ -1,0 +1,207 @@
+"""N workers, one a GPU slot: which are wanted on this host, which stand, and how the missing ones are started.
+
+Workers belong to the host: commands raise the number that is wanted, and one supervisor (``supervise``) keeps as many. A slot is a lock
+file that the worker's own process holds, so that no second worker ever stands on a GPU, whoever started the first.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from assayer.errors import StateError
+from assayer.files import digest, is_locked, lock_file, locked, private_directory, read_json, try_lock, write_json
+from assayer.plan import PlanStore, host_name
+from assayer.queues.connect import Target
+from assayer.queues.recover import WORKER_PREFIX
+from assayer.refs import PACKAGE_PARENT
+from assayer.worker.environ import evaluation_environment, gpu_uuids, visible_gpus
+
+__all__ = ["ORDERS", "Crew", "Slot", "Started", "cpu_slots", "eval_slots", "gpu_slots", "revive_supervisor", "start_worker", "watch_slots"]
+
+# The environment variable that carries a worker process's orders; a command line would show the Redis URL's password to everybody.
+ORDERS = "ASSAYER_WORKER"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place for one worker. ``key`` names its lock; ``gpus`` are the GPUs it sees, None: no choice is made for it."""
+
+    kind: str
+    queue: str
+    key: str
+    gpus: tuple[str, ...] | None = None
+
+    @property
+    def label(self) -> str:
+        return f"gpu{'+'.join(self.gpus)}" if self.gpus else self.kind
+
+    @property
+    def locks(self) -> list[str]:
+        """The names of the locks that a worker of this slot holds: one a GPU."""
+        return [f"gpu-{gpu}" for gpu in self.key.removeprefix("gpu-").split("+")] if self.gpus else [self.key]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Slot":
+        return cls(**{**value, "gpus": None if value["gpus"] is None else tuple(value["gpus"])})
+
+
+def watch_slots(queue: str, count: int, redis: str) -> list[Slot]:
+    return [Slot("watch", queue, f"watch-{digest(redis, queue)[:8]}-{i}") for i in range(count)]
+
+
+def cpu_slots(queue: str, count: int, redis: str) -> list[Slot]:
+    return [Slot("eval", queue, f"cpu-{digest(redis, queue)[:8]}-{i}", ()) for i in range(count)]
+
+
+def gpu_slots(queue: str, gpus: tuple[str, ...], each: int = 1) -> list[Slot]:
+    """One slot for every ``each`` GPUs; GPUs that are left over have none. A GPU has one key, by id or by UUID."""
+    uuids = gpu_uuids() if any(gpu.isdigit() for gpu in gpus) else {}
+    groups = [gpus[i : i + each] for i in range(0, len(gpus) - each + 1, each)]
+    return [Slot("eval", queue, "gpu-" + "+".join(uuids.get(g, g) for g in group).replace("/", "_"), group) for group in groups]
+
+
+def eval_slots(queue: str, count: int | None, redis: str, environment: Mapping[str, str]) -> list[Slot]:
+    """Slots for ``count`` eval workers (None: one a visible GPU, one without GPU; 0: none)."""
+    gpus = visible_gpus(environment)
+    if not gpus:
+        return cpu_slots(queue, 1 if count is None else count, redis)
+    return gpu_slots(queue, gpus if count is None else gpus[:count])
+
+
+class Crew:
+    """The workers of this host on one Redis: what is wanted is a file, what stands are locks."""
+
+    def __init__(self, state: Path, target: Target) -> None:
+        self.state = state
+        self.target = target
+        host = private_directory(private_directory(state / "workers") / host_name())
+        self.slots_folder = private_directory(host / "slots")
+        self.folder = private_directory(host / digest(target.name)[:16])
+        self.supervisor_lock = self.folder / "supervisor.lock"
+        self.gate = self.folder / "gate"
+        self._wanted = self.folder / "wanted.json"
+
+    @classmethod
+    def of(cls, folder: Path) -> "Crew":
+        """The crew whose files lie in ``folder``."""
+        wanted = read_json(folder / "wanted.json")
+        if not wanted:
+            raise StateError(f"{folder} holds no wanted.json; start the watch again")
+        return cls(Path(wanted["state"]), Target(wanted["url"], wanted["embedded"]))
+
+    def wanted(self) -> list[Slot]:
+        return [Slot.from_json(slot) for slot in (read_json(self._wanted) or {}).get("slots", [])]
+
+    def order_to_stop(self) -> str | None:
+        """``warm`` (after the running evaluation) or ``now`` when the workers are to end; else None."""
+        stop = (read_json(self._wanted) or {}).get("stop")
+        return str(stop) if stop else None
+
+    def want(self, slots: list[Slot]) -> list[Slot]:
+        """Raises what is wanted by these slots, and returns those that were missing. Starts the supervisor where none runs."""
+        with locked(self.gate):
+            present = [] if self.order_to_stop() else self.wanted()
+            missing = [slot for slot in slots if slot.key not in {p.key for p in present}]
+            self._write([*present, *missing], None)
+        self.start_supervisor()
+        return missing
+
+    def stop(self, how: str) -> None:
+        """Tells the supervisor to end the workers, ``warm`` or ``now``, and then itself."""
+        with locked(self.gate):
+            self._write(self.wanted(), how)
+
+    def dismiss(self) -> None:
+        """Forgets what was wanted: the supervisor has ended the workers. Called with the gate held."""
+        self._write([], None)
+
+    def is_supervised(self) -> bool:
+        return is_locked(self.supervisor_lock)
+
+    def start_supervisor(self) -> None:
+        """Starts the supervisor as a daemon where none runs."""
+        if self.is_supervised():
+            return
+        command = [sys.executable, "-m", "assayer.worker.supervise", str(self.folder)]
+        done = subprocess.run(command, cwd=PACKAGE_PARENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise StateError(f"the supervisor of the workers did not start: {done.stderr.strip().splitlines()[-1:]}")
+
+    def is_held(self, slot: Slot) -> bool:
+        """True while a worker process, or an evaluation of its, lives in this slot."""
+        return any(is_locked(self.slots_folder / f"{name}.lock") for name in slot.locks)
+
+    def has_plans(self) -> bool:
+        return any(True for _ in PlanStore(self.state).active(self.target.name))
+
+    def _write(self, slots: list[Slot], stop: str | None) -> None:
+        value = {"state": str(self.state), "url": self.target.url, "embedded": self.target.embedded, "stop": stop}
+        write_json(self._wanted, {**value, "slots": [asdict(slot) for slot in slots]}, 0o600)
+
+
+def revive_supervisor(folder: Path) -> None:
+    """Starts the supervisor again when it has died while its workers live; a worker calls this now and then."""
+    with contextlib.suppress(StateError, OSError):
+        crew = Crew.of(folder)
+        if not crew.order_to_stop() and crew.has_plans():
+            crew.start_supervisor()
+
+
+@dataclass(frozen=True)
+class Started:
+    """What came of starting a worker: its process (None: the slot is taken), what its slot says now, and what it said before."""
+
+    process: "subprocess.Popen[bytes] | None"
+    facts: dict[str, Any]
+    before: dict[str, Any]
+
+
+def start_worker(crew: Crew, slot: Slot, daemon: bool, output: int | None) -> Started:
+    """Starts the worker of a slot, unless one stands there.
+
+    Args:
+        crew: whose worker it is.
+        slot: where.
+        daemon: it outlives its supervisor; else it ends, after its evaluation, when that does.
+        output: descriptor for its standard output and error; None: this process's own.
+    """
+    facts = [crew.slots_folder / f"{name}.json" for name in slot.locks]
+    with contextlib.ExitStack() as stack:
+        descriptors = []
+        for path in facts:
+            descriptor = lock_file(path.with_suffix(".lock"))
+            stack.callback(os.close, descriptor)
+            descriptors.append(descriptor)
+            if not try_lock(descriptor, path):
+                return Started(None, read_json(path) or {}, {})
+        before = read_json(facts[0]) or {}
+        name = f"{WORKER_PREFIX}{host_name()}-{slot.label}-{secrets.token_hex(3)}".replace("/", "_")
+        orders = {
+            "slot": asdict(slot),
+            "name": name,
+            "url": crew.target.url,
+            "locks": descriptors,
+            "parent": 0 if daemon else os.getpid(),
+            "supervisor": str(crew.folder) if daemon else "",
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "assayer.worker.process"],
+            cwd=PACKAGE_PARENT,
+            env={**evaluation_environment(os.environ, slot.gpus if slot.kind == "eval" else ()), ORDERS: json.dumps(orders)},
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        said = {"name": name, "pid": process.pid, "queue": slot.queue, "redis": crew.target.name, "gpus": slot.gpus}
+        for path in facts:
+            write_json(path, said, 0o600)
+        return Started(process, said, before)

@@ -1,0 +1,305 @@
+"""Keeps the wanted workers of one host and one Redis standing, and the embedded Redis under them.
+
+Started as a daemon by ``launch.Crew``; ``python -m assayer.worker`` runs the same loop in the foreground. RQ's own pool cannot give its
+workers names, heartbeats or GPUs, and its death leaves them orphans.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import redis
+
+from assayer.errors import AssayerError
+from assayer.files import lock_file, locked, try_lock
+from assayer.plan import PlanStore
+from assayer.queues import chain
+from assayer.queues.board import Board, queues_with_watches
+from assayer.queues.connect import connect
+from assayer.queues.embedded import Server
+from assayer.queues.recover import return_jobs
+from assayer.queues.stop import stop_orders
+from assayer.session import held_plans
+from assayer.worker.child import become_reaper, end_descendants
+from assayer.worker.launch import Crew, Slot, start_worker
+
+__all__ = ["Supervisor", "main", "retire_redis"]
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two looks at the workers, and between two at the chains, plans and the embedded server.
+STEP = 0.2
+CARE = 2.0
+# A worker that lived shorter than this (seconds) died young; after so many in a row the next start waits, up to the longest pause.
+YOUNG = 20.0
+YOUNG_MAX = 3
+PAUSE_MAX = 60.0
+# Seconds without its foreground command after which a watch ends.
+ORPHANED = 10.0
+# Bytes of the supervisor's log past which it starts anew.
+LOG_MAX = 10 << 20
+
+
+@dataclass
+class _Post:
+    """What the supervisor knows of one slot: its own child, or the pid of a worker that an earlier supervisor started."""
+
+    process: "subprocess.Popen[bytes] | None" = None
+    adopted: int | None = None
+    name: str = ""
+    started: float = 0.0
+    young: int = 0
+    not_before: float = 0.0
+    stopped_by_us: bool = False
+    taken_by: str = ""
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process is not None else self.adopted
+
+
+@dataclass
+class Supervisor:
+    """One loop over the slots. ``say`` gets a line for each thing that happens."""
+
+    crew: Crew
+    wanted: Callable[[], list[Slot]]
+    daemon: bool
+    output: int | None = None
+    say: Callable[[str], None] = logger.info
+    posts: dict[str, _Post] = field(default_factory=dict)
+    stopping: str | None = None
+    _connection: Any = None
+    _epoch: int | None = None
+    _cared: float = 0.0
+    _complaint: str = ""
+    _unheld: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Returns once the workers have been told to stop and are gone."""
+        become_reaper()
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        while True:
+            self.step()
+            if self.stopping and not self._alive() and self._may_leave():
+                return
+            time.sleep(STEP)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = "now" if self.stopping else "warm"
+
+    def step(self) -> None:
+        """One look at every slot, and now and then at everything else."""
+        now = time.monotonic()
+        if now - self._cared >= CARE or self._cared == 0:
+            self._cared = now
+            try:
+                self._care()
+            except (redis.RedisError, AssayerError, OSError) as error:
+                self._complain(str(error))
+        for slot in self.wanted():
+            post = self.posts.setdefault(slot.key, _Post())
+            if post.process is not None and post.process.poll() is not None:
+                self._bury(slot, post, _how(post.process.returncode), now)
+            elif post.adopted is not None and not self.crew.is_held(slot):
+                self._bury(slot, post, "it was started by an earlier supervisor", now)
+            if post.pid is None and not self.stopping and now >= post.not_before:
+                self._start(slot, post, now)
+        if self.stopping:
+            self._stop_workers()
+
+    def _complain(self, text: str) -> None:
+        if text != self._complaint:
+            self._complaint = text
+            self.say(text)
+
+    def problems(self) -> list[str]:
+        """A sentence for each slot whose worker does not stay up."""
+        return [f"worker {key} died {post.young} times within {YOUNG:g} s" for key, post in self.posts.items() if post.young >= YOUNG_MAX]
+
+    def _start(self, slot: Slot, post: _Post, now: float) -> None:
+        started = start_worker(self.crew, slot, self.daemon, self.output)
+        name = str(started.facts.get("name", "?"))
+        if started.process is not None:
+            if started.before.get("name"):
+                self._return_jobs(slot, str(started.before["name"]), blame=True)
+            post.process, post.name, post.started, post.stopped_by_us = started.process, name, now, False
+            self.say(f"worker {name} started")
+        elif started.facts.get("redis") == self.crew.target.name and started.facts.get("queue") == slot.queue and self.daemon:
+            post.adopted, post.name, post.started, post.stopped_by_us = started.facts.get("pid"), name, now, False
+            self.say(f"worker {name} goes on")
+        else:
+            if post.taken_by != name:
+                self.say(f"{slot.label}: worker {name} stands there already, for {started.facts.get('redis', 'another Redis')}")
+            post.taken_by, post.not_before = name, now + 1
+
+    def _bury(self, slot: Slot, post: _Post, how: str, now: float) -> None:
+        by_us = post.stopped_by_us or bool(self.stopping)
+        post.process, post.adopted = None, None
+        end_descendants(spare=self._known())
+        self._return_jobs(slot, post.name, blame=not by_us)
+        if by_us:
+            self.say(f"worker {post.name} ended")
+            return
+        post.young = post.young + 1 if now - post.started < YOUNG else 0
+        post.not_before = now + (min(PAUSE_MAX, 2.0 ** (post.young - YOUNG_MAX)) if post.young >= YOUNG_MAX else 0)
+        self.say(f"worker {post.name} died ({how}); another is started")
+        if post.young >= YOUNG_MAX:
+            self.say(f"{slot.label}: {post.young} workers in a row died within {YOUNG:g} s; see the lines above and {self.crew.folder}/log")
+
+    def _return_jobs(self, slot: Slot, name: str, blame: bool) -> None:
+        try:
+            for job_id in return_jobs(self._redis(), slot.queue, name, blame):
+                self.say(f"job {job_id[:8]} goes back to the queue")
+        except (redis.RedisError, AssayerError) as error:
+            self.say(f"what worker {name} held comes back when its heartbeat runs out: {error}")
+
+    def _known(self) -> frozenset[int]:
+        pids = {post.pid for post in self.posts.values() if post.pid is not None}
+        server = Server(self.crew.state).pid() if self.crew.target.embedded else None
+        return frozenset(pids | ({server} if server else set()))
+
+    def _redis(self) -> Any:
+        if self._connection is None:
+            self._connection = connect(self.crew.target.url, patience=2, retries=1)
+        return self._connection
+
+    def _care(self) -> None:
+        """The embedded server runs, no plan is missing in Redis, every chain goes on, and an order to stop is heard."""
+        if self.daemon and not self.stopping:
+            self.stopping = self.crew.order_to_stop() or (None if self.crew.has_plans() else "warm")
+        elif self.daemon and self.crew.order_to_stop() == "now":
+            self.stopping = "now"
+        if self.crew.target.embedded:
+            server = Server(self.crew.state)
+            if not server.is_running() and not self.stopping:
+                self.say("the embedded Redis is gone; starting it again on its data")
+                server.start()
+        connection = self._redis()
+        epoch, how = stop_orders(connection)
+        if self._epoch is None:
+            self._epoch = epoch
+        elif epoch > self._epoch:
+            self._epoch = epoch
+            self.stopping = "now" if how == "now" else (self.stopping or "warm")
+        if self.stopping:
+            return
+        self._lay_down_orphans(connection)
+        restore_plans(self.crew, connection)
+        for queue in queues_with_watches(connection):
+            if chain.ensure(connection, queue):
+                logger.info("chain of queue %s started", queue)
+        if self.daemon:
+            connection.hset("assayer:problems", str(self.crew.folder), "; ".join(self.problems()))
+            connection.expire("assayer:problems", 60)
+
+    def _lay_down_orphans(self, connection: Any) -> None:
+        """Ends the watches whose foreground command was killed: whoever gave it sees nothing of them any more."""
+        store, held = PlanStore(self.crew.state), held_plans(self.crew.state)
+        for plan in store.active(self.crew.target.name):
+            if plan.detached or plan.id in held:
+                self._unheld.pop(plan.id, None)
+            elif time.monotonic() - self._unheld.setdefault(plan.id, time.monotonic()) > ORPHANED:
+                self.say(f"the command that watched {plan.directory} is gone; its watch ends")
+                store.stop(plan.id, plan.given)
+                Board(connection, plan.watch_queue).remove(plan)
+
+    def _stop_workers(self) -> None:
+        for post in self.posts.values():
+            if post.pid is not None and (self.stopping == "now" or not post.stopped_by_us):
+                post.stopped_by_us = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(post.pid, signal.SIGKILL if self.stopping == "now" else signal.SIGTERM)
+
+    def _alive(self) -> bool:
+        return any(post.pid is not None for post in self.posts.values())
+
+    def _may_leave(self) -> bool:
+        """Ends the embedded Redis when nothing needs it; False when a new watch has come meanwhile, and all goes on."""
+        if not self.daemon:
+            return True
+        with locked(self.crew.gate):
+            if self.crew.has_plans() and not self.crew.order_to_stop():
+                self.stopping = None
+                return False
+            retire_redis(self.crew)
+            self.crew.dismiss()
+            return True
+
+
+def restore_plans(crew: Crew, connection: Any) -> None:
+    """Publishes the plans of this host again that Redis has lost, and lays down those that ended elsewhere."""
+    store = PlanStore(crew.state)
+    for plan in store.active(crew.target.name):
+        board = Board(connection, plan.watch_queue)
+        if not board.has(plan.id):
+            if board.ended(plan):
+                store.stop(plan.id, plan.given)
+            else:
+                board.put(plan)
+
+
+def retire_redis(crew: Crew) -> bool:
+    """Stops the embedded server when no watch, no worker and no other RQ user needs it; True when it was stopped."""
+    server = Server(crew.state)
+    if not crew.target.embedded or not server.is_running() or crew.has_plans():
+        return False
+    try:
+        connection = connect(crew.target.url, patience=2, retries=1)
+        if connection.scard("rq:workers"):
+            return False
+        left = any(connection.llen(key) for key in connection.scan_iter("rq:queue:*", count=1000, _type="list"))
+        connection.close()
+    except (AssayerError, redis.RedisError):
+        left = True
+    server.stop(work_left=left)
+    return True
+
+
+def _how(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"signal {signal.Signals(-code).name}"
+    return f"code {code}"
+
+
+def main(folder: Path) -> None:
+    """Becomes a daemon and supervises the crew of ``folder``; returns at once in the caller, and in a second supervisor."""
+    crew = Crew.of(folder)
+    descriptor = lock_file(crew.supervisor_lock)
+    if not try_lock(descriptor, crew.supervisor_lock):
+        return
+    if os.fork():
+        return
+    os.setsid()
+    os.chdir(crew.folder)
+    log = crew.folder / "log"
+    if log.exists() and log.stat().st_size > LOG_MAX:
+        log.unlink()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for target, source in ((0, null), (1, output), (2, output)):
+        os.dup2(source, target)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    try:
+        Supervisor(crew, crew.wanted, daemon=True, output=output).run()
+    except BaseException:
+        logger.exception("the supervisor ended by an error")
+        raise
+    logger.info("the supervisor ends: nothing is left to do")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)
