@@ -9,7 +9,7 @@ import click
 import redis
 
 from assayer import cli
-from assayer.errors import UsageError
+from assayer.errors import RedisError, UsageError
 from assayer.files import locked, printable
 from assayer.plan import Plan, PlanStore, host_name, state_directory
 from assayer.queues import Connection, chain
@@ -76,7 +76,6 @@ def main(
         count = remove_waiting(open_queue(connection, name))
         _say(f"queue {name}: took {count} waiting jobs out")
     _stop_workers(where, now)
-    remove_waiting(open_queue(connection, eval_queue_name))
     _stop_redis(where)
 
 
@@ -119,24 +118,30 @@ def _stop_workers(where: _Where, now: bool) -> None:
     if crew.is_supervised():
         crew.stop(how)
     order_to_stop(where.connection, how)
-    ended: dict[str, str] = {}
+    ended: set[str] = set()
     said = ""
-    while crew.is_supervised() or our_workers(where.connection, [where.watch_queue, where.eval_queue]):
-        try:
-            workers = our_workers(where.connection, [where.watch_queue, where.eval_queue])
-        except redis.RedisError:
-            # The supervisor, the last to leave, has stopped the embedded Redis.
-            workers = []
-        ended |= {w["name"]: w["queue"] for w in workers}
-        busy = ", ".join(w["name"] for w in workers if w["state"] == "busy")
-        if busy and busy != said:
-            _say(f"waiting for the running evaluation of {busy} (--now ends it at once)")
-            said = busy
+    while True:
+        workers = _workers(where)
+        ended |= {worker["name"] for worker in workers}
         if not workers and not crew.is_supervised():
             break
+        busy = ", ".join(worker["name"] for worker in workers if worker["state"] == "busy")
+        if busy and busy != said and not now:
+            _say(f"waiting for the running evaluation of {busy} (--now ends it at once)")
+            said = busy
         time.sleep(0.1)
-    for name in ended:
+    for name in sorted(ended):
         _say(f"worker {name} ended")
+
+
+def _workers(where: _Where) -> list[dict[str, str]]:
+    try:
+        return our_workers(where.connection, [where.watch_queue, where.eval_queue])
+    except redis.RedisError:
+        # The supervisor, the last to leave, stops the embedded server.
+        if where.chosen.embedded and not Server(where.state).is_running():
+            return []
+        raise RedisError(f"{where.chosen.name} has stopped answering; the watches are ended, its workers may still run") from None
 
 
 def _stop_redis(where: _Where) -> None:

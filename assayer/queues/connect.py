@@ -14,7 +14,12 @@ from assayer.files import printable
 from assayer.plan import host_name
 from assayer.queues import Connection, embedded
 
-__all__ = ["Target", "connect", "target", "without_password"]
+__all__ = ["WORKER_RETRIES", "Target", "connect", "target", "without_password"]
+
+# redis-py itself gives up after about 4 s, and a worker that is busy then loses its result; these last about two minutes. A command that
+# a person waits for says after about a second that nothing answers.
+WORKER_RETRIES = 60
+COMMAND_RETRIES = 4
 
 URL_VARIABLE = "ASSAYER_REDIS_URL"
 SCHEMES = ("redis", "rediss", "unix")
@@ -63,13 +68,13 @@ def target(url: str | None, host: str | None, port: int | None, state: Path) -> 
     return Target(url, embedded=False)
 
 
-def connect(url: str, patience: float = 5.0, retries: int = 60) -> Connection:
-    """A connection to the Redis at ``url`` that has answered once, and that outlives an outage of more than a minute.
+def connect(url: str, patience: float = 5.0, retries: int = COMMAND_RETRIES) -> Connection:
+    """A connection to the Redis at ``url`` that has answered once.
 
     Args:
         url: redis://, rediss:// or unix://.
         patience: seconds to wait for the first answer.
-        retries: how often a command is tried again later on; 60 times last about two minutes.
+        retries: how often a command is tried again later on; ``WORKER_RETRIES`` outlast an outage of more than a minute.
 
     Raises:
         RedisError: nothing answers there, or not as a Redis does.
@@ -84,7 +89,6 @@ def connect(url: str, patience: float = 5.0, retries: int = 60) -> Connection:
         raise RedisError(
             f"no Redis answers at {printable(without_password(url))} ({reason}); check --redis_url or {URL_VARIABLE}"
         ) from None
-    # redis-py itself gives up after about 4 s, and a worker that is busy then loses its result.
     return redis.Redis.from_url(url, retry=Retry(_backoff(), retries), health_check_interval=30)
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -117,7 +118,11 @@ def _in_child(task: Task, place: Place) -> Any:
     function = refs.load(task.evaluator.reference)
     named = inspect.signature(function).parameters
     keywords = dict(task.evaluator.arguments)
-    offered = {"step": lambda: task.step, "original_path": lambda: task.checkpoint, "output_dir": lambda: _output(place)}
+    offered: dict[str, Callable[[], Any]] = {
+        "step": lambda: task.step,
+        "original_path": lambda: task.checkpoint,
+        "output_dir": lambda: _output(place),
+    }
     for name, value in offered.items():
         if name in list(named)[1:] and name not in keywords:
             keywords[name] = value()
@@ -144,7 +149,7 @@ def _count_run(job: Job) -> int:
 
 def _keep(job: Job, **values: Any) -> None:
     job.meta.update(values)
-    job.save_meta()  # type: ignore[no-untyped-call]
+    job.save_meta()
 
 
 def _record(task: Task, place: Place, job: Job) -> Record:

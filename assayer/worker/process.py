@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from assayer.queues.connect import connect
+from assayer.queues.connect import WORKER_RETRIES, connect
 from assayer.worker.child import die_with_parent
 from assayer.worker.launch import ORDERS, Slot, revive_supervisor
 from assayer.worker.workers import EvalWorker, WatchWorker, preload
@@ -22,7 +22,7 @@ def main() -> None:
     if orders["parent"]:
         die_with_parent(orders["parent"], signal.SIGTERM)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
-    connection = connect(orders["url"], patience=60)
+    connection = connect(orders["url"], patience=60, retries=WORKER_RETRIES)
     if slot.kind == "watch":
         watcher = WatchWorker(slot.queue, connection, orders["name"], slot.gpus or ())
         worker: WatchWorker | EvalWorker = watcher
