@@ -25,9 +25,11 @@ TICK = "assayer.watch.watch_job.tick"
 
 # Seconds that one tick may take; its listings run in threads and do not count.
 TICK_TIMEOUT = 120
-# Seconds after which a tick that has begun, or is due, and does not go on counts as lost.
+# Seconds after which a tick counts as lost that has begun and does not go on, that was due and was not queued, or that a worker took and
+# did not begin (the server hands a job to a worker that dies in that moment, too). Too early a verdict costs nothing: it is out of place.
 LOST_AFTER = 90.0
 OVERDUE_AFTER = 10.0
+TAKEN_AFTER = 3.0
 
 
 def chain_key(queue: str) -> str:
@@ -119,17 +121,18 @@ def _is_alive(connection: Connection, queue: str, now: float) -> bool:
         score = connection.zscore(ScheduledJobRegistry(queue=rq_queue).key, job_id)
         return score is not None and score > now - OVERDUE_AFTER
     if status == b"queued":
-        waits = connection.lpos(rq_queue.key, job_id) is not None
+        if connection.lpos(rq_queue.key, job_id) is not None:
+            return True
         # Between the queue and its start a job is in the intermediate list, for milliseconds when its worker lives.
-        return waits or (connection.lpos(rq_queue.intermediate_queue_key, job_id) is not None and not _is_overdue(connection, queue, now))
-    if status == b"started":
-        return not _is_overdue(connection, queue, now)
-    return False
+        taken = connection.lpos(rq_queue.intermediate_queue_key, job_id) is not None
+        return taken and _age(connection, queue, now) < TAKEN_AFTER
+    return status == b"started" and _age(connection, queue, now) < LOST_AFTER
 
 
-def _is_overdue(connection: Connection, queue: str, now: float) -> bool:
+def _age(connection: Connection, queue: str, now: float) -> float:
+    """Seconds since the present tick was due or has begun, whichever is later."""
     begun, due = (float(v or 0) for v in connection.hmget(chain_key(queue), "begun", "due"))
-    return now - max(begun, due) > LOST_AFTER
+    return now - max(begun, due)
 
 
 def _seed(connection: Connection, queue: str, only_from: int | None) -> bool:

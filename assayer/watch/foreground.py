@@ -93,6 +93,9 @@ class Foreground:
 
     def _end_by_user(self) -> None:
         """Ends this command's watches, and the workers when it was the last; a second Ctrl-C ends a running evaluation, too."""
+        self._look()
+        if not self.console.is_terminal:
+            self.events.show(self.rows)
         held = held_plans(self.crew.state, but=os.getpid())
         for plan in self.plans:
             stored = self._store.read(plan.id)
