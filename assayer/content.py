@@ -22,6 +22,9 @@ _HEADER_MAX = 100_000_000
 # Bytes of one sample, and how many samples are spread over one tensor or record.
 _BLOCK = 1024
 _BLOCKS = 4
+# A pickle tells nothing of where its tensors lie: up to so many bytes it is read whole, above that one sample for so many bytes.
+_LEGACY_WHOLE = 64 << 20
+_LEGACY_STRIDE = 64 << 10
 # A pickle of protocol 2 and later starts with this byte; torch's own form before 1.6 is such a pickle.
 _PICKLE = b"\x80"
 
@@ -57,7 +60,7 @@ def fingerprint(path: Path) -> str:
     """A digest that changes when the weights in the file change, read in milliseconds whatever the size.
 
     A zip gives the CRC32 of each record (where the writer left them out, samples of it); safetensors its header and samples of every
-    tensor; a pickle one sample a mebibyte. Times and inodes play no part.
+    tensor; a pickle all of it, above 64 MiB a sample of every 64 KiB. Times and inodes play no part.
 
     Raises:
         CheckpointError: the file is not whole.
@@ -69,7 +72,10 @@ def fingerprint(path: Path) -> str:
     if path.suffix == ".safetensors":
         return digest(*_safetensors_samples(path))
     if is_legacy(path):
-        return digest(*_spread(path, [(0, path.stat().st_size)], count=max(_BLOCKS, path.stat().st_size >> 20)))
+        size = path.stat().st_size
+        return digest(
+            path.read_bytes() if size <= _LEGACY_WHOLE else b"", *_spread(path, [(0, size)], count=max(_BLOCKS, size // _LEGACY_STRIDE))
+        )
     return digest(*_zip_records(path))
 
 

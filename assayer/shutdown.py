@@ -114,16 +114,20 @@ def _end_some(where: _Where, directories: list[str]) -> None:
 def _stop_workers(where: _Where, now: bool) -> None:
     """Ends our workers on every host, and waits for them."""
     how = "now" if now else "warm"
+    queues = [where.watch_queue, where.eval_queue]
     crew = Crew(where.state, where.chosen)
-    if crew.is_supervised():
+    others = crew.has_plans()
+    if others:
+        crew.drop(set(queues))
+    elif crew.is_supervised():
         crew.stop(how)
-    order_to_stop(where.connection, how)
+    order_to_stop(where.connection, queues, how)
     ended: set[str] = set()
     said = ""
     while True:
         workers = _workers(where)
         ended |= {worker["name"] for worker in workers}
-        if not workers and not crew.is_supervised():
+        if not workers and (others or not crew.is_supervised()):
             break
         busy = ", ".join(worker["name"] for worker in workers if worker["state"] == "busy")
         if busy and busy != said and not now:

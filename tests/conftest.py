@@ -23,12 +23,12 @@ from assayer.queues.embedded import Server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-EVALUATOR = '''
+EVALUATOR = """
 import torch
 
 def mean(checkpoint_path):
     return {"mean": torch.load(checkpoint_path, weights_only=True)["w"].mean().item()}
-'''
+"""
 
 
 class House:
@@ -63,7 +63,13 @@ class House:
         command = [sys.executable, "-m", "assayer", *map(str, words)]
         more.setdefault("cwd", REPOSITORY)
         done = subprocess.run(
-            command, capture_output=True, text=True, env=self.environment | more.pop("env", {}), timeout=timeout, stdin=subprocess.DEVNULL, **more
+            command,
+            capture_output=True,
+            text=True,
+            env=self.environment | more.pop("env", {}),
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            **more,
         )
         if check and done.returncode:
             raise AssertionError(f"{words} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}\n{self.log()}")

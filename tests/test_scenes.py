@@ -98,7 +98,9 @@ def test_a_watch_worker_killed_in_mid_tick_is_replaced_and_the_chain_goes_on(hou
 
 
 def test_a_killed_eval_worker_loses_no_evaluation_and_costs_no_attempt(house: House) -> None:
-    slow = house.file("slow.py", "import time\n\ndef slow(path):\n    open(path + '.begun', 'a').write('x')\n    time.sleep(3)\n    return {'m': 1}\n")
+    slow = house.file(
+        "slow.py", "import time\n\ndef slow(path):\n    open(path + '.begun', 'a').write('x')\n    time.sleep(3)\n    return {'m': 1}\n"
+    )
     house.watch(evaluator=f"{slow}:slow")
     (pid,) = until(lambda: house.workers("eval"))
     house.save("model_step1.pt")
@@ -127,7 +129,9 @@ def test_two_commands_share_one_redis_and_start_no_second_worker(house: House) -
     (house.runs / "a").mkdir()
     (house.runs / "b").mkdir()
     for name in ("a", "b"):
-        house.command("watch", "--directory", house.runs / name, "--evaluator", f"{house.evaluator}:mean", "--detach", "--polling_interval", 1)
+        house.command(
+            "watch", "--directory", house.runs / name, "--evaluator", f"{house.evaluator}:mean", "--detach", "--polling_interval", 1
+        )
     until(lambda: len(house.status()["workers"]) == 2)
     house.save("b/model_step1.pt")
     until(lambda: house.record("b/model_step1.pt"))
@@ -158,7 +162,10 @@ def test_subdirectories_are_watched_to_the_depth_asked_for(house: House) -> None
 
 
 def test_the_oldest_step_comes_first_in_natural_order(house: House) -> None:
-    noted = house.file("noted.py", f"def noted(path):\n    open({str(house.root / 'order')!r}, 'a').write(path.split('step')[1] + ' ')\n    return {{'m': 1}}\n")
+    noted = house.file(
+        "noted.py",
+        f"def noted(path):\n    open({str(house.root / 'order')!r}, 'a').write(path.split('step')[1] + ' ')\n    return {{'m': 1}}\n",
+    )
     for step in (10, 9, 100, 1):
         house.save(f"model_step{step}.pt", step)
     house.once("--eval_existing", evaluator=f"{noted}:noted")
@@ -166,7 +173,10 @@ def test_the_oldest_step_comes_first_in_natural_order(house: House) -> None:
 
 
 def test_with_newest_first_the_newest_step_comes_first(house: House) -> None:
-    noted = house.file("noted.py", f"def noted(path):\n    open({str(house.root / 'order')!r}, 'a').write(path.split('step')[1] + ' ')\n    return {{'m': 1}}\n")
+    noted = house.file(
+        "noted.py",
+        f"def noted(path):\n    open({str(house.root / 'order')!r}, 'a').write(path.split('step')[1] + ' ')\n    return {{'m': 1}}\n",
+    )
     for step in (10, 9, 100, 1):
         house.save(f"model_step{step}.pt", step)
     house.once("--order", "newest", evaluator=f"{noted}:noted")
@@ -227,7 +237,11 @@ def scaled(checkpoint, factor, *, step, original_path, output_dir, label="none")
 def test_safetensors_and_hugging_face_directories_are_evaluated(house: House) -> None:
     from safetensors.torch import save_file
 
-    house.watch("--quiet_period", 1, evaluator=f"{house.file('size.py', 'import os' + chr(10) + 'def size(p): return dict(is_dir=os.path.isdir(p))')}:size")
+    house.watch(
+        "--quiet_period",
+        1,
+        evaluator=f"{house.file('size.py', 'import os' + chr(10) + 'def size(p): return dict(is_dir=os.path.isdir(p))')}:size",
+    )
     save_file({"w": torch.zeros(3)}, house.runs / "model_7.safetensors")
     folder = house.runs / "checkpoint-500"
     folder.mkdir()
@@ -298,7 +312,9 @@ def test_a_shutdown_during_a_tick_leaves_no_chain_behind(house: House) -> None:
 
 
 def test_shutdown_now_neither_loses_nor_fails_the_interrupted_evaluation(house: House) -> None:
-    slow = house.file("slow.py", "import os, time\n\ndef slow(path):\n    time.sleep(0 if os.path.exists(path + '.fast') else 100)\n    return {'m': 1}\n")
+    slow = house.file(
+        "slow.py", "import os, time\n\ndef slow(path):\n    time.sleep(0 if os.path.exists(path + '.fast') else 100)\n    return {'m': 1}\n"
+    )
     house.watch(evaluator=f"{slow}:slow")
     house.save("model_step1.pt")
     until(lambda: any(c["state"] == "running" for c in house.status()["watches"][0]["checkpoints"]))
@@ -327,7 +343,9 @@ def test_ctrl_c_ends_a_foreground_watch_its_workers_and_its_redis(house: House) 
 
 
 def test_a_second_ctrl_c_returns_the_running_evaluation_to_the_queue(house: House) -> None:
-    slow = house.file("slow.py", "import os, time\n\ndef slow(path):\n    time.sleep(0 if os.path.exists(path + '.fast') else 100)\n    return {'m': 1}\n")
+    slow = house.file(
+        "slow.py", "import os, time\n\ndef slow(path):\n    time.sleep(0 if os.path.exists(path + '.fast') else 100)\n    return {'m': 1}\n"
+    )
     words = ["--directory", house.runs, "--evaluator", f"{slow}:slow", "--polling_interval", 1]
     with house.running("watch", *words) as process:
         until(lambda: house.workers("eval"))
@@ -377,7 +395,10 @@ def test_another_rq_user_on_the_same_redis_is_left_alone(house: House) -> None:
     evaluation = Queue("evaluation", connection=connection)
     url = f"unix://{house.server.socket}"
     with subprocess.Popen(
-        [sys.executable, "-m", "rq.cli", "worker", "-u", url, "idle"], env=house.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "rq.cli", "worker", "-u", url, "idle"],
+        env=house.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as worker:
         until(lambda: len(connection.smembers("rq:workers")) == 3)
         other.enqueue("math.sqrt", 4)
@@ -412,7 +433,15 @@ def test_redis_elsewhere_is_used_when_it_is_named(house: House) -> None:
 
 
 def test_a_failed_evaluation_is_not_repeated_until_asked(house: House) -> None:
-    evaluator = house.file("sick.py", "import os\n\ndef sick(path):\n    open(path + '.tries', 'a').write('x')\n    assert os.path.exists(path + '.well'), 'not well'\n    return {'m': 1}\n")
+    source = """
+import os
+
+def sick(path):
+    open(path + '.tries', 'a').write('x')
+    assert os.path.exists(path + '.well'), 'not well'
+    return {'m': 1}
+"""
+    evaluator = house.file("sick.py", source)
     house.save("model_step1.pt")
     done = house.once("--retries", 1, evaluator=f"{evaluator}:sick", check=False)
     assert done.returncode == 1
@@ -420,7 +449,7 @@ def test_a_failed_evaluation_is_not_repeated_until_asked(house: House) -> None:
     assert record and record["status"] == "failed"
     assert record["attempts"] == 2
     assert record["error"]["message"] == "AssertionError: not well"
-    assert "line 5, in sick" in record["error"]["traceback"]
+    assert "line 6, in sick" in record["error"]["traceback"]
     house.once(evaluator=f"{evaluator}:sick", check=False)
     assert (house.runs / "model_step1.pt.tries").read_text() == "xx"
     (house.runs / "model_step1.pt.well").touch()

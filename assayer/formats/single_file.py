@@ -19,7 +19,7 @@ _NEVER = re.compile(
     r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args|train_state|trainer_state|training_state)\b"
     r"|(optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint)[_-]?\d*([_-]\d+)?\.(pt|pth|bin)$"
     r"|.*(world_size|rank|mp_rank|optim_states|model_states)[_-]?\d*\b.*\.pt$"
-    r"|(per_rank_)?metadata(_\d+)?\.pt$|(common|meta)\.pt$"
+    r"|(per_rank_)?metadata(_\d+)*\.pt$|(common|meta)\.pt$"
     r"|pytorch_model.*\.bin$|adapter_model\b|tf_model|flax_model"
     r"|.*-\d+-of-\d+\.(safetensors|bin)$"
 )

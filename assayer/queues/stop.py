@@ -1,4 +1,4 @@
-"""The order to stop, for every supervisor on this Redis, on whatever host."""
+"""The order to stop the workers of a queue, for whoever supervises them, on whatever host."""
 
 from assayer.queues import Connection
 
@@ -7,15 +7,17 @@ __all__ = ["order_to_stop", "stop_orders"]
 _KEY = "assayer:stop"
 
 
-def order_to_stop(connection: Connection, how: str) -> None:
-    """Tells all supervisors to end their workers: ``warm`` (after the running evaluation) or ``now``."""
+def order_to_stop(connection: Connection, queues: list[str], how: str) -> None:
+    """Tells all supervisors to end their workers on these queues: ``warm`` (after the running evaluation) or ``now``."""
     with connection.pipeline() as pipe:
-        pipe.hincrby(_KEY, "epoch", 1)
-        pipe.hset(_KEY, "how", how)
+        for queue in queues:
+            pipe.hincrby(_KEY, f"{queue}:{how}", 1)
         pipe.execute()
 
 
-def stop_orders(connection: Connection) -> tuple[int, str]:
-    """How many orders there have been, and how the last one is meant."""
-    epoch, how = connection.hmget(_KEY, "epoch", "how")
-    return int(epoch or 0), (how or b"warm").decode()
+def stop_orders(connection: Connection, queues: list[str]) -> tuple[int, int]:
+    """How many orders there have been for these queues: to stop at all, and to stop now."""
+    warm = connection.hmget(_KEY, [f"{queue}:warm" for queue in queues]) if queues else []
+    now = connection.hmget(_KEY, [f"{queue}:now" for queue in queues]) if queues else []
+    count = sum(int(n or 0) for n in now)
+    return sum(int(n or 0) for n in warm) + count, count

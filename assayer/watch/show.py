@@ -73,11 +73,12 @@ def _live(connection: Connection, jobs: dict[str, str], now: float) -> dict[str,
         answers = pipe.execute()
     found: dict[str, dict[str, Any]] = {}
     for (path, job_id), (status, started, meta) in zip(jobs.items(), answers, strict=True):
-        attempts = json.loads(meta).get("attempts", 0) if meta else 0
-        found[path] = {"attempts": attempts}
+        kept = json.loads(meta) if meta else {}
+        attempts, error = kept.get("attempts", 0), kept.get("error")
+        found[path] = {"attempts": attempts, "reason": f"attempt {attempts}: {error['message']}" if error else ""}
         if status == b"started":
             moment = datetime.fromisoformat(started.decode().replace("Z", "+00:00")).timestamp() if started else now
-            found[path] = {"state": "running", "attempts": attempts + 1, "seconds": max(0.0, now - moment)}
+            found[path] |= {"state": "running", "attempts": attempts + 1, "seconds": max(0.0, now - moment)}
         elif status == b"finished":
             found[path] |= _summary(connection, job_id)
     return found
@@ -89,7 +90,7 @@ def _summary(connection: Connection, job_id: str) -> dict[str, Any]:
         value = Job.fetch(job_id, connection=connection, serializer=JSONSerializer).return_value()
     except NoSuchJobError:
         return {}
-    return {"state": value.pop("status"), **value} if isinstance(value, dict) else {}
+    return {"state": value.pop("status"), "reason": "", **value} if isinstance(value, dict) else {}
 
 
 def metrics_text(metrics: dict[str, float | None]) -> str:

@@ -57,7 +57,7 @@ def watch_slots(queue: str, count: int, redis: str) -> list[Slot]:
 
 
 def cpu_slots(queue: str, count: int, redis: str) -> list[Slot]:
-    return [Slot("eval", queue, f"cpu-{digest(redis, queue)[:8]}-{i}", ()) for i in range(count)]
+    return [Slot("eval", queue, f"cpu-{digest(redis, queue)[:8]}-{i}") for i in range(count)]
 
 
 def gpu_slots(queue: str, gpus: tuple[str, ...], each: int = 1) -> list[Slot]:
@@ -117,6 +117,11 @@ class Crew:
         """Tells the supervisor to end the workers, ``warm`` or ``now``, and then itself."""
         with locked(self.gate):
             self._write(self.wanted(), how)
+
+    def drop(self, queues: set[str]) -> None:
+        """Wants no workers on these queues any more; the supervisor ends them after the running evaluation."""
+        with locked(self.gate):
+            self._write([slot for slot in self.wanted() if slot.queue not in queues], self.order_to_stop())
 
     def dismiss(self) -> None:
         """Forgets what was wanted: the supervisor has ended the workers. Called with the gate held."""

@@ -21,7 +21,7 @@ import redis
 
 from assayer.errors import AssayerError
 from assayer.files import lock_file, locked, try_lock
-from assayer.plan import PlanStore
+from assayer.plan import PlanStore, host_name
 from assayer.queues import chain
 from assayer.queues.board import Board, queues_with_watches
 from assayer.queues.connect import connect
@@ -53,6 +53,7 @@ LOG_MAX = 10 << 20
 class _Post:
     """What the supervisor knows of one slot: its own child, or the pid of a worker that an earlier supervisor started."""
 
+    slot: Slot
     process: "subprocess.Popen[bytes] | None" = None
     adopted: int | None = None
     name: str = ""
@@ -79,7 +80,7 @@ class Supervisor:
     posts: dict[str, _Post] = field(default_factory=dict)
     stopping: str | None = None
     _connection: Any = None
-    _epoch: int | None = None
+    _orders: tuple[int, int] | None = None
     _cared: float = 0.0
     _complaint: str = ""
     _unheld: dict[str, float] = field(default_factory=dict)
@@ -107,8 +108,11 @@ class Supervisor:
                 self._care()
             except (redis.RedisError, AssayerError, OSError) as error:
                 self._complain(str(error))
-        for slot in self.wanted():
-            post = self.posts.setdefault(slot.key, _Post())
+        slots = {slot.key: slot for slot in self.wanted()}
+        for key in self.posts.keys() - slots.keys():
+            self._dismiss(key)
+        for slot in slots.values():
+            post = self.posts.setdefault(slot.key, _Post(slot))
             if post.process is not None and post.process.poll() is not None:
                 self._bury(slot, post, _how(post.process.returncode), now)
             elif post.adopted is not None and not self.crew.is_held(slot):
@@ -117,6 +121,18 @@ class Supervisor:
                 self._start(slot, post, now)
         if self.stopping:
             self._stop_workers()
+
+    def _dismiss(self, key: str) -> None:
+        """Ends the worker of a slot that is no longer wanted, after its evaluation."""
+        post = self.posts[key]
+        gone = post.process.poll() is not None if post.process is not None else not self.crew.is_held(post.slot)
+        if post.pid is None or gone:
+            self.say(f"worker {post.name} ended; it is no longer wanted")
+            del self.posts[key]
+        elif not post.stopped_by_us:
+            post.stopped_by_us = True
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(post.pid, signal.SIGTERM)
 
     def _complain(self, text: str) -> None:
         if text != self._complaint:
@@ -176,32 +192,34 @@ class Supervisor:
 
     def _care(self) -> None:
         """The embedded server runs, no plan is missing in Redis, every chain goes on, and an order to stop is heard."""
-        if self.daemon and not self.stopping:
-            self.stopping = self.crew.order_to_stop() or (None if self.crew.has_plans() else "warm")
-        elif self.daemon and self.crew.order_to_stop() == "now":
-            self.stopping = "now"
         if self.crew.target.embedded:
             server = Server(self.crew.state)
             if not server.is_running() and not self.stopping:
                 self.say("the embedded Redis is gone; starting it again on its data")
                 server.start()
         connection = self._redis()
-        epoch, how = stop_orders(connection)
-        if self._epoch is None:
-            self._epoch = epoch
-        elif epoch > self._epoch:
-            self._epoch = epoch
-            self.stopping = "now" if how == "now" else (self.stopping or "warm")
-        if self.stopping:
-            return
-        self._lay_down_orphans(connection)
-        restore_plans(self.crew, connection)
-        for queue in queues_with_watches(connection):
+        if self.daemon:
+            self._lay_down_orphans(connection)
+            settle_plans(self.crew, connection)
+        self._hear_orders(connection)
+        for queue in queues_with_watches(connection) if not self.stopping else []:
             if chain.ensure(connection, queue):
                 logger.info("chain of queue %s started", queue)
+        connection.hset("assayer:problems", f"{os.getpid()}@{host_name()}", "; ".join(self.problems()))
+        connection.expire("assayer:problems", 60)
+
+    def _hear_orders(self, connection: Any) -> None:
+        """A daemon goes on while there are plans; in the foreground, a shutdown of its queue ends it."""
+        orders = stop_orders(connection, sorted({slot.queue for slot in self.wanted()}))
+        before, self._orders = self._orders or orders, orders
         if self.daemon:
-            connection.hset("assayer:problems", str(self.crew.folder), "; ".join(self.problems()))
-            connection.expire("assayer:problems", 60)
+            order = self.crew.order_to_stop()
+            if order or not self.crew.has_plans():
+                self.stopping = "now" if "now" in (order, self.stopping) or orders[1] > before[1] else "warm"
+            elif self.stopping == "warm":
+                self.stopping = None
+        elif orders[0] > before[0]:
+            self.stopping = "now" if orders[1] > before[1] else (self.stopping or "warm")
 
     def _lay_down_orphans(self, connection: Any) -> None:
         """Ends the watches whose foreground command was killed: whoever gave it sees nothing of them any more."""
@@ -237,7 +255,7 @@ class Supervisor:
             return True
 
 
-def restore_plans(crew: Crew, connection: Any) -> None:
+def settle_plans(crew: Crew, connection: Any) -> None:
     """Publishes the plans of this host again that Redis has lost, and lays down those that ended elsewhere."""
     store = PlanStore(crew.state)
     for plan in store.active(crew.target.name):

@@ -29,7 +29,7 @@ WORKER_TTL = 30
 class _Ours(BaseWorker):
     """What both kinds share: short heartbeats, the GPUs in RQ's own worker hash, and chains that heal."""
 
-    def __init__(self, queue: str, connection: Connection, name: str, gpus: tuple[str, ...]) -> None:
+    def __init__(self, queue: str, connection: Connection, name: str, gpus: tuple[str, ...] = ()) -> None:
         super().__init__(
             [queue],
             name=name,

@@ -1,0 +1,83 @@
+"""Files whole or absent, locks, and safe names."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from assayer import files
+from assayer.errors import StateError
+
+
+def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"n": 1})
+    files.write_json(path, {"n": 2})
+    assert files.read_json(path) == {"n": 2}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"n": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_json(path, {"n": 2})
+    assert files.read_json(path) == {"n": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_name_that_is_no_utf_8_survives_the_way_through_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"model_\xff.pt")
+    files.write_json(tmp_path / "a.json", {"path": name})
+    assert files.read_json(tmp_path / "a.json") == {"path": name}
+
+
+def test_what_is_no_json_reads_as_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"half')
+    assert files.read_json(tmp_path / "a.json") is None
+    assert files.read_json(tmp_path / "none.json") is None
+
+
+def test_a_lock_has_one_holder_and_looking_does_not_take_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    first, second = files.lock_file(path), files.lock_file(path)
+    assert not files.is_locked(path)
+    assert files.try_lock(first, path)
+    assert files.is_locked(path)
+    assert not files.try_lock(second, path)
+    os.close(first)
+    assert not files.is_locked(path)
+    assert files.try_lock(second, path)
+    os.close(second)
+
+
+def test_two_lists_of_parts_never_share_a_digest_by_their_seams() -> None:
+    assert files.digest("ab", "c") != files.digest("a", "bc")
+    assert files.digest("a") == files.digest(b"a")
+
+
+def test_natural_order_reads_numbers_as_numbers() -> None:
+    assert sorted(["s10", "s9", "s1a", "a", "9"], key=files.natural_key) == ["9", "a", "s1a", "s9", "s10"]
+
+
+def test_what_moves_a_cursor_is_shown_as_an_escape() -> None:
+    assert files.printable("a\n\x1b[31mü \u202e") == "a\\n\\x1b[31mü \\u202e"
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "short"])
+def test_a_long_name_leaves_room_and_stays_different_from_its_neighbours(name: str) -> None:
+    short = files.short_name(name, 40)
+    assert len(os.fsencode(short)) <= 215
+    assert short == name if len(os.fsencode(name)) <= 215 else short != files.short_name(name[:-1] + "y", 40)
+
+
+def test_a_private_directory_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(StateError, match="not a directory of this user"):
+        files.private_directory(tmp_path / "link")

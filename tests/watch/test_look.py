@@ -1,0 +1,197 @@
+"""From listing to decision, with time as an argument."""
+
+import os
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from assayer.plan import Evaluator, Plan
+from assayer.record import Place, Record
+from assayer.refs import Reference
+from assayer.watch.diff import baseline_of
+from assayer.watch.look import Lookout, Memory, in_thread, look, see
+
+NOW = 2_000_000_000.0
+
+
+def save(path: Path, value: float = 1.0, legacy: bool = False) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"w": torch.full((4,), value)}, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def plan(root: Path, **fields: object) -> Plan:
+    evaluator = Evaluator("e", Reference("/none/e.py", "e", "/none"))
+    return Plan(**{"directory": str(root), "evaluator": evaluator, **fields})  # type: ignore[arg-type]
+
+
+def states(p: Plan, memory: Memory, now: float = NOW, idle_since: float = NOW) -> dict[str, str]:
+    return {d.seen.checkpoint.name: d.state for d in look(p, memory, idle_since, now).decisions}
+
+
+def with_baseline(p: Plan) -> Plan:
+    return replace(p, baseline=baseline_of(see(p, Memory(), NOW)[0]))
+
+
+def test_what_was_whole_is_the_baseline_and_what_comes_is_due(tmp_path: Path) -> None:
+    save(tmp_path / "m_step1.pt")
+    (tmp_path / "m_step2.pt").write_bytes(b"PK\x03\x04 half")
+    p = with_baseline(plan(tmp_path))
+    assert list(p.baseline) == [str(tmp_path / "m_step1.pt")]
+    memory = Memory()
+    assert states(p, memory) == {"m_step1.pt": "baseline", "m_step2.pt": "writing"}
+    save(tmp_path / "m_step2.pt")
+    assert states(p, memory) == {"m_step1.pt": "baseline", "m_step2.pt": "due"}
+
+
+def test_a_baseline_checkpoint_is_due_when_its_weights_change_and_not_when_it_is_touched(tmp_path: Path) -> None:
+    path = save(tmp_path / "last.ckpt")
+    p = with_baseline(plan(tmp_path))
+    memory = Memory()
+    os.utime(path, (1, 1))
+    assert states(p, memory) == {"last.ckpt": "baseline"}
+    save(path, 2.0)
+    assert states(p, memory) == {"last.ckpt": "due"}
+
+
+def test_without_a_marker_only_quiet_time_tells(tmp_path: Path) -> None:
+    memory = Memory()
+    p = plan(tmp_path)
+    states(p, memory)
+    save(tmp_path / "m_step1.pt", legacy=True)
+    assert states(p, memory, NOW) == {"m_step1.pt": "writing"}
+    assert states(p, memory, NOW + 29) == {"m_step1.pt": "writing"}
+    save(tmp_path / "m_step1.pt", 2.0, legacy=True)
+    assert states(p, memory, NOW + 31) == {"m_step1.pt": "writing"}, "it changed: the time starts anew"
+    assert states(p, memory, NOW + 61) == {"m_step1.pt": "due"}
+
+
+def test_at_the_first_look_the_file_systems_clock_counts(tmp_path: Path) -> None:
+    save(tmp_path / "m_step1.pt", legacy=True)
+    now = time.time()
+    assert states(plan(tmp_path), Memory(), now) == {"m_step1.pt": "writing"}
+    assert states(plan(tmp_path), Memory(), now + 31) == {"m_step1.pt": "due"}
+
+
+def test_an_old_modification_time_makes_no_young_copy_whole(tmp_path: Path) -> None:
+    path = save(tmp_path / "m_step1.pt", legacy=True)
+    os.utime(path, (1, 1))
+    assert states(plan(tmp_path), Memory(), time.time()) == {"m_step1.pt": "writing"}
+
+
+def test_a_plain_export_waits_and_one_with_its_trainers_state_does_not(tmp_path: Path) -> None:
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        save_file({"w": torch.zeros(2)}, tmp_path / name / "model.safetensors")
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
+    memory = Memory(looked={str(tmp_path)})
+    found = look(plan(tmp_path), memory, NOW, NOW)
+    assert {d.seen.checkpoint.name: d.state for d in found.decisions} == {"checkpoint-1": "writing", "checkpoint-2": "due"}
+    assert found.decisions[0].reason == "waits until nothing has changed for 30 s (no trainer_state.json)"
+
+
+def record(path: Path, identity: str, **fields: object) -> Record:
+    base = {
+        "format": "single_file",
+        "step": 1,
+        "epoch": None,
+        "tokens": None,
+        "weights": "raw",
+        "status": "finished",
+        "ended": "2026-01-01T00:00:00+00:00",
+    }
+    evaluator = {"name": "e", "source": None, "arguments": {}}
+    return Record(**{**base, "checkpoint": str(path), "identity": identity, "evaluator": evaluator, **fields})  # type: ignore[arg-type]
+
+
+def test_a_record_with_its_identity_means_done(tmp_path: Path) -> None:
+    path = save(tmp_path / "m_step1.pt")
+    p, memory = plan(tmp_path), Memory()
+    identity = look(p, memory, NOW, NOW).decisions[0].seen.identity
+    assert identity
+    Place.of(str(path), "e").write(record(path, "other" * 6))
+    assert states(p, memory) == {"m_step1.pt": "due"}
+    Place.of(str(path), "e").write(record(path, identity))
+    assert states(p, memory) == {"m_step1.pt": "done"}
+    assert states(replace(p, reevaluate_before=NOW), memory) == {"m_step1.pt": "due"}
+    assert states(replace(p, retry_failed_before=NOW), memory) == {"m_step1.pt": "done"}
+    Place.of(str(path), "e").write(record(path, identity, status="timeout"))
+    assert states(replace(p, retry_failed_before=NOW), memory) == {"m_step1.pt": "due"}
+
+
+def test_a_changed_evaluator_is_said_and_not_acted_on(tmp_path: Path) -> None:
+    path = save(tmp_path / "m_step1.pt")
+    p, memory = plan(tmp_path), Memory()
+    identity = look(p, memory, NOW, NOW).decisions[0].seen.identity
+    Place.of(str(path), "e").write(record(path, identity or "", evaluator={"name": "e", "source": "old", "arguments": {"limit": 3}}))
+    (decision,) = look(p, memory, NOW, NOW).decisions
+    assert decision.state == "done"
+    assert decision.reason == "evaluated with other source and arguments (--reevaluate acts on it)"
+
+
+def test_every_counts_steps_else_epochs_and_spares_the_last_at_the_end(tmp_path: Path) -> None:
+    for name in ("m_step2.pt", "m_step3.pt", "m_epoch3.pt", "m_step5.pt", "final.pt"):
+        save(tmp_path / name)
+    p = plan(tmp_path, every=2)
+    skipped = {"m_step3.pt", "m_epoch3.pt", "m_step5.pt"}
+    assert {n for n, s in states(p, Memory()).items() if s == "skipped"} == skipped
+    ended = replace(p, until_file=str(tmp_path / "final.pt"))
+    assert {n for n, s in states(ended, Memory()).items() if s == "skipped"} == skipped - {"m_step5.pt"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "final"),
+    [
+        ({"once": True}, True),
+        ({"until_step": 5}, True),
+        ({"until_step": 6}, False),
+        ({"until_idle": 60.0}, True),
+        ({"until_idle": 61.0}, False),
+        ({"until_file": "/no/such/file"}, False),
+        ({}, False),
+    ],
+)
+def test_when_training_has_ended(tmp_path: Path, fields: dict[str, object], final: bool) -> None:
+    save(tmp_path / "m_step5.pt")
+    assert look(plan(tmp_path, **fields), Memory(), NOW - 60, NOW).final is final
+
+
+def test_a_missing_directory_is_said_and_nothing_is_taken_for_gone(tmp_path: Path) -> None:
+    found = look(plan(tmp_path / "none"), Memory(), NOW, NOW)
+    assert found.missing
+    assert "No such file or directory" in found.problems[0]
+
+
+def test_a_hung_file_system_delays_no_other_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from assayer.watch import look as module
+
+    hung, real = threading.Event(), module.scan
+    monkeypatch.setattr(module, "scan", lambda directory, *rest: hung.wait() if directory.endswith("hung") else real(directory, *rest))
+    save(tmp_path / "fine" / "m_step1.pt")
+    lookout = Lookout()
+    slow, fine = plan(tmp_path / "hung"), plan(tmp_path / "fine")
+    for p in (slow, fine):
+        assert lookout.start(p, NOW)
+    began = time.monotonic()
+    answer = lookout.wait(slow, 0.1)
+    found = lookout.wait(fine, 5)
+    assert isinstance(answer, str)
+    assert "has not answered for" in answer
+    assert not isinstance(found, str)
+    assert len(found.decisions) == 1
+    assert time.monotonic() - began < 5
+    assert not lookout.start(slow, NOW), "its thread is still there: no second one is started"
+    hung.set()
+
+
+def test_a_function_that_hangs_is_left_to_itself() -> None:
+    stop = threading.Event()
+    assert in_thread(stop.wait, 0.05) is None
+    assert in_thread(lambda: 7, 5) == 7
+    stop.set()

@@ -1,0 +1,97 @@
+"""One look at a directory tree: what is a checkpoint in it and what is not."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from assayer.watch.scan import is_temporary, scan
+
+
+def save(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"w": torch.zeros(2)}, path)
+
+
+def names(root: Path, depth: int = 3, regex: str | None = None) -> list[str]:
+    return [os.path.relpath(f.checkpoint.path, root) for f in scan(str(root), depth, regex).found]
+
+
+def hf(path: Path, name: str = "model.safetensors") -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / name).write_bytes(b"")
+    (path / "config.json").write_text("{}")
+
+
+def test_checkpoints_come_by_step_and_to_the_depth_asked_for(tmp_path: Path) -> None:
+    save(tmp_path / "m_step10.pt", tmp_path / "m_step9.pt", tmp_path / "a" / "m_step1.pt", tmp_path / "a" / "b" / "c" / "m_step2.pt")
+    assert names(tmp_path) == ["a/m_step1.pt", "m_step9.pt", "m_step10.pt"]
+    assert names(tmp_path, depth=1) == ["m_step9.pt", "m_step10.pt"]
+    assert "a/b/c/m_step2.pt" in names(tmp_path, depth=4)
+
+
+def test_our_own_folders_and_unfinished_names_are_passed_over(tmp_path: Path) -> None:
+    save(
+        tmp_path / "evals" / "e" / "m.pt",
+        tmp_path / "merged" / "m.pt",
+        tmp_path / ".cache" / "m.pt",
+        tmp_path / "tmp-checkpoint-5" / "m.pt",
+    )
+    save(tmp_path / ".m.pt.Xy12", tmp_path / "m.pt.tmp", tmp_path / "m.ckpt.part", tmp_path / "x.orbax-checkpoint-tmp-7" / "m.pt")
+    assert names(tmp_path) == []
+    assert is_temporary("tmp-checkpoint-100")
+    assert not is_temporary("template-100")
+
+
+def test_the_files_inside_a_checkpoint_are_none_but_directories_beside_a_final_export_are(tmp_path: Path) -> None:
+    hf(tmp_path / "exp")
+    save(tmp_path / "exp" / "extra.pt")
+    hf(tmp_path / "exp" / "checkpoint-500")
+    save(tmp_path / "exp" / "checkpoint-500" / "optimizer.pt", tmp_path / "exp" / "checkpoint-500" / "ema.pt")
+    assert names(tmp_path) == ["exp", "exp/checkpoint-500"]
+
+
+def test_a_file_called_model_safetensors_among_single_files_is_one_of_them(tmp_path: Path) -> None:
+    save(tmp_path / "run" / "m_step1.pt")
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"")
+    assert names(tmp_path) == ["run/model.safetensors", "run/m_step1.pt"]
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    save(tmp_path / "run" / "epoch=1-step=5.ckpt", tmp_path / "outside" / "m.pt")
+    (tmp_path / "run" / "last.ckpt").symlink_to("epoch=1-step=5.ckpt")
+    (tmp_path / "run" / "loop").symlink_to(tmp_path / "run")
+    (tmp_path / "run" / "out").symlink_to(tmp_path / "outside")
+    assert names(tmp_path / "run") == ["epoch=1-step=5.ckpt"]
+    (tmp_path / "linked").symlink_to(tmp_path / "run")
+    assert names(tmp_path / "linked") == ["epoch=1-step=5.ckpt"], "the directory itself may be a link"
+
+
+def test_the_filter_sees_the_path_below_the_directory(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "m_step1.pt", tmp_path / "b" / "m_step2.pt")
+    assert names(tmp_path, regex=r"^a/") == ["a/m_step1.pt"]
+    assert names(tmp_path, regex=r"step2\.pt$") == ["b/m_step2.pt"]
+
+
+def test_a_directory_that_is_a_checkpoint_is_found_as_itself(tmp_path: Path) -> None:
+    hf(tmp_path / "checkpoint-5")
+    assert names(tmp_path / "checkpoint-5") == ["."]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_folder_below_is_a_sentence(tmp_path: Path) -> None:
+    save(tmp_path / "m_step1.pt", tmp_path / "closed" / "m.pt")
+    (tmp_path / "closed").chmod(0)
+    try:
+        found = scan(str(tmp_path), 3)
+        assert len(found.found) == 1
+        assert "Permission denied" in found.problems[0]
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+
+
+def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        scan(str(tmp_path / "none"), 3)
