@@ -210,6 +210,7 @@ def _child(function: Callable[[], Any], answer: int, output: int, parent: int) -
         me = os.getpid()
         try:
             told = {"value": function()}
+            answered = json.dumps(told)
         except SystemExit as error:
             told = _told("exit", f"the evaluator called sys.exit({error.code!r})", error)
         except AssayerError as error:
@@ -217,12 +218,13 @@ def _child(function: Callable[[], Any], answer: int, output: int, parent: int) -
         except BaseException as error:
             name = type(error).__name__
             out_of_memory = isinstance(error, MemoryError) or "OutOfMemory" in name
-            told = _told("out of memory" if out_of_memory else "exception", f"{name}: {error}", error)
-        if "traceback" in told:
-            print(told["traceback"], file=sys.stderr)
+            told = _told("out of memory" if out_of_memory else "exception", f"{name}: {error}" if str(error) else name, error)
+        if "cause" in told:
+            answered = json.dumps(told)
+            print(told.get("traceback") or told["message"], file=sys.stderr)
         # An evaluator that forked and let its own child return must not answer twice.
         if os.getpid() == me:
-            os.write(answer, json.dumps(told).encode())
+            os.write(answer, answered.encode())
             code = 0
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):

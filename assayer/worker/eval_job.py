@@ -36,14 +36,22 @@ _AGAIN = 1_000_000
 
 def evaluate(**arguments: Any) -> Any:
     """The eval job: its record's main fields, or RQ's order to try again. ``arguments`` are those of ``Task``."""
-    task = Task.from_json(arguments)
+    job = get_current_job()
+    assert job is not None
+    try:
+        return _evaluate(job, Task.from_json(arguments))
+    except BaseException:
+        # RQ's retries are for lost workers: what raises here, such as a full disk, would raise again at once. The watch tries it later.
+        job.retries_left = None
+        raise
+
+
+def _evaluate(job: Job, task: Task) -> Any:
     place = Place.of(task.checkpoint, task.evaluator.name, task.results_dir)
     present = place.find(task.identity)
     if present and present.ended_at >= task.not_before:
         return _summary(present)
     _make_folder(place)
-    job = get_current_job()
-    assert job is not None
     if "outcome" in job.meta:
         return _deliver(job, place, Record(**job.meta["outcome"]))
     runs = _count_run(job)
