@@ -68,6 +68,7 @@ def list_path(path: str) -> Listing:
 
 
 def entry_of(name: str, status: os.stat_result) -> Entry:
+    """The entry of one file, from what ``stat`` says of it."""
     return Entry(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 

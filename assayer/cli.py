@@ -1,6 +1,7 @@
 """What all commands share: one spelling of flags, one-line errors with an exit code, and the flags that name the Redis."""
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,12 @@ def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
     return click.command(name, context_settings=dict(SETTINGS))
 
 
+def _queue_name(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", value):
+        raise click.BadParameter("a queue's name may hold letters, digits, '_', '.' and '-'")
+    return value
+
+
 def redis_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the flags that name the Redis and the two queues."""
     options = [
@@ -38,8 +45,8 @@ def redis_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--redis_port", type=click.IntRange(1, 65535), metavar="PORT", help="Redis to connect to, by port; on localhost unless given."
         ),
-        click.option("--watch_queue_name", default="watch", metavar="NAME", help="RQ queue of the watch jobs."),
-        click.option("--eval_queue_name", default="evaluation", metavar="NAME", help="RQ queue of the eval jobs."),
+        click.option("--watch_queue_name", default="watch", metavar="NAME", callback=_queue_name, help="RQ queue of the watch jobs."),
+        click.option("--eval_queue_name", default="evaluation", metavar="NAME", callback=_queue_name, help="RQ queue of the eval jobs."),
     ]
     return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
 

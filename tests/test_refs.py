@@ -102,7 +102,7 @@ def test_on_a_login_node_a_missing_package_is_a_warning_and_the_source_decides(t
     warning = refs.check(refs.parse("gpu.py:f", tmp_path), [], torch_elsewhere=True)
     assert warning
     assert "no_such_package" in warning
-    with pytest.raises(EvaluatorError, match="gpu.py has f"):
+    with pytest.raises(EvaluatorError, match=r"gpu\.py has f"):
         refs.check(refs.parse("gpu.py:g", tmp_path), [], torch_elsewhere=True)
 
 

@@ -33,6 +33,7 @@ TAKEN_AFTER = 3.0
 
 
 def chain_key(queue: str) -> str:
+    """The Redis hash that holds the chain of this queue: ``generation``, ``due``, ``begun``."""
     return f"assayer:{queue}:chain"
 
 

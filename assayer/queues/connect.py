@@ -41,6 +41,8 @@ class Target:
 def without_password(url: str) -> str:
     """The URL without user and password, for logs and messages."""
     parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return f"unix://{parts.path}"
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
 
 

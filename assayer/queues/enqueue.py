@@ -79,6 +79,7 @@ def statuses(connection: Connection, job_ids: list[str]) -> dict[str, str]:
 
 
 def is_in_flight(status: str | None) -> bool:
+    """True for the RQ status of a job that waits or runs."""
     return status in _IN_FLIGHT
 
 

@@ -176,9 +176,6 @@ def _check_flags(flags: dict[str, Any]) -> None:
     for name in ("polling_interval", "quiet_period", "until_idle"):
         if flags[name] is not None and not math.isfinite(flags[name]):
             raise UsageError(f"--{name} must be a number of seconds")
-    for name in ("watch_queue_name", "eval_queue_name"):
-        if not re.fullmatch(r"[\w.-]+", flags[name]):
-            raise UsageError(f"--{name} {printable(flags[name])!r} may hold letters, digits, '_', '.' and '-'")
     if flags["watch_queue_name"] == flags["eval_queue_name"]:
         raise UsageError("--watch_queue_name and --eval_queue_name must be two different queues")
 

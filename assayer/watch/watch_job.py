@@ -94,6 +94,7 @@ def _serve(board: Board, plan: Plan, look: Look, guards: dict[str, str | None]) 
 
 
 def task_of(plan: Plan, decision: Decision) -> Task:
+    """The evaluation that a due checkpoint means under this plan."""
     checkpoint = decision.seen.checkpoint
     assert decision.seen.identity is not None
     again = [moment for moment in (plan.reevaluate_before, plan.retry_failed_before) if moment is not None]

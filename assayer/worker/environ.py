@@ -20,6 +20,7 @@ _LAUNCHER = re.compile(
 
 
 def is_launcher_variable(name: str) -> bool:
+    """True for a variable by which a launcher tells a process its rank or its peers."""
     return _LAUNCHER.fullmatch(name) is not None
 
 

@@ -53,10 +53,12 @@ class Slot:
 
 
 def watch_slots(queue: str, count: int, redis: str) -> list[Slot]:
+    """Slots for ``count`` watch workers of this queue on the Redis of this name."""
     return [Slot("watch", queue, f"watch-{digest(redis, queue)[:8]}-{i}") for i in range(count)]
 
 
 def cpu_slots(queue: str, count: int, redis: str) -> list[Slot]:
+    """Slots for ``count`` eval workers for which no GPU is chosen."""
     return [Slot("eval", queue, f"cpu-{digest(redis, queue)[:8]}-{i}") for i in range(count)]
 
 

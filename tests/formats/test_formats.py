@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def safetensors_file(folder: Path) -> Path:
     return folder / "model_000070.safetensors"
 
 
-def model() -> object:
+def model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -52,12 +53,12 @@ def model() -> object:
 
 
 def hf_export(folder: Path) -> Path:
-    model().save_pretrained(folder / "export")  # type: ignore[attr-defined]
+    model().save_pretrained(folder / "export")
     return folder / "export"
 
 
 def hf_sharded(folder: Path) -> Path:
-    model().save_pretrained(folder / "checkpoint-40", max_shard_size="5KB")  # type: ignore[attr-defined]
+    model().save_pretrained(folder / "checkpoint-40", max_shard_size="5KB")
     (folder / "checkpoint-40" / "trainer_state.json").write_text(
         json.dumps({"global_step": 40, "epoch": 0.5, "num_input_tokens_seen": 8192})
     )

@@ -106,7 +106,7 @@ def record(path: Path, identity: str, **fields: object) -> Record:
         "status": "finished",
         "ended": "2026-01-01T00:00:00+00:00",
     }
-    evaluator = {"name": "e", "source": None, "arguments": {}}
+    evaluator: dict[str, object] = {"name": "e", "source": None, "arguments": {}}
     return Record(**{**base, "checkpoint": str(path), "identity": identity, "evaluator": evaluator, **fields})  # type: ignore[arg-type]
 
 
@@ -169,10 +169,14 @@ def test_a_missing_directory_is_said_and_nothing_is_taken_for_gone(tmp_path: Pat
 
 
 def test_a_hung_file_system_delays_no_other_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from assayer.watch import look as module
+    from assayer.watch import scan as module
 
     hung, real = threading.Event(), module.scan
-    monkeypatch.setattr(module, "scan", lambda directory, *rest: hung.wait() if directory.endswith("hung") else real(directory, *rest))
+
+    def hanging(directory: str, *rest: object) -> object:
+        return hung.wait() if directory.endswith("hung") else real(directory, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("assayer.watch.look.scan", hanging)
     save(tmp_path / "fine" / "m_step1.pt")
     lookout = Lookout()
     slow, fine = plan(tmp_path / "hung"), plan(tmp_path / "fine")

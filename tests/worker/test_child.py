@@ -89,11 +89,14 @@ def test_a_hang_in_c_ends_at_the_time_limit(case: Case) -> None:
 
 
 def test_every_descendant_ends_also_one_in_a_session_of_its_own(case: Case, tmp_path: Path) -> None:
+    stray = tmp_path / "stray.py"
+    stray.write_text("import os, sys, time\nos.setsid()\nos.fork()\nopen(f'{sys.argv[1]}/{os.getpid()}', 'w')\ntime.sleep(100)\n")
     body = f"""
 import subprocess
 for i in range(3):
-    p = subprocess.Popen([sys.executable, "-c", "import os,time; os.setsid(); os.fork(); open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w'); time.sleep(100)"])
-time.sleep(1)
+    p = subprocess.Popen([sys.executable, {str(stray)!r}, {str(tmp_path)!r}])
+while sum(name.isdigit() for name in os.listdir({str(tmp_path)!r})) < 6:
+    time.sleep(0.05)
 return 1"""
     case.run(body)
     assert case.value == 1

@@ -123,7 +123,8 @@ def test_metrics_are_recorded_with_all_that_is_known(bench: Bench) -> None:
     assert record.seconds["evaluate"] >= 0
     assert set(record.versions) >= {"python", "assayer", "torch"}
     job = Job.fetch(bench.task("good").id, connection=bench.connection, serializer="json")
-    assert job.return_value()["metrics"] == {"m": 1.0}
+    value: Any = job.return_value()
+    assert value["metrics"] == {"m": 1.0}
 
 
 @pytest.mark.parametrize(
