@@ -137,7 +137,9 @@ class House:
                 with contextlib.suppress(OSError):
                     if mark in Path("/proc", name, "environ").read_bytes().split(b"\0"):
                         found[int(name)] = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        return found
+        # The server writes its title over its environment.
+        pid = Server(self.state).pid()
+        return found | ({pid: "valkey-server"} if pid else {})
 
     def workers(self, kind: str) -> list[int]:
         """The pids of the worker processes of this kind (watch or eval) that have registered."""
@@ -175,7 +177,7 @@ def house() -> Iterator[House]:
         assert not left, f"left behind: {left}\n{house.log()}"
     finally:
         house.end()
-        shutil.rmtree(root, ignore_errors=True)
+        until(lambda: shutil.rmtree(root, ignore_errors=True) or not root.exists())
 
 
 @pytest.fixture

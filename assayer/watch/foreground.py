@@ -96,6 +96,8 @@ class Foreground:
         self._look()
         if not self.console.is_terminal:
             self.events.show(self.rows)
+        elif self.rows:
+            self.console.print(table_of(self.rows))
         held = held_plans(self.crew.state, but=os.getpid())
         for plan in self.plans:
             stored = self._store.read(plan.id)

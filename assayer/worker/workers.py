@@ -53,6 +53,16 @@ class _Ours(BaseWorker):
         if self.on_maintenance:
             self.on_maintenance()
 
+    def unsubscribe(self) -> None:
+        """RQ unsubscribes first and stops its thread second, which then sleeps on; this way round it ends at once."""
+        thread: Any = self.pubsub_thread
+        pubsub: Any = self.pubsub
+        if thread:
+            thread.stop()
+            pubsub.unsubscribe()
+            thread.join(timeout=1)
+            pubsub.close()
+
 
 class EvalWorker(_Ours, Worker):
     """Forks a child for each job; the child dies with it, and nothing that the child leaves behind outlives the job."""
