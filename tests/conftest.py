@@ -163,6 +163,11 @@ def until(condition: Callable[[], Any], seconds: float = 30.0, what: str = "") -
         time.sleep(0.05)
 
 
+def _removed(root: Path) -> bool:
+    shutil.rmtree(root, ignore_errors=True)
+    return not root.exists()
+
+
 @pytest.fixture
 def house() -> Iterator[House]:
     """A house that must be empty of processes at the test's end."""
@@ -177,7 +182,7 @@ def house() -> Iterator[House]:
         assert not left, f"left behind: {left}\n{house.log()}"
     finally:
         house.end()
-        until(lambda: shutil.rmtree(root, ignore_errors=True) or not root.exists())
+        until(lambda: _removed(root))
 
 
 @pytest.fixture
