@@ -1,5 +1,6 @@
 """Ends watches, empties our queues, stops our workers and our Redis: ``python -m assayer.shutdown``. Baselines and records stay."""
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ def main(
         count = remove_waiting(open_queue(connection, name))
         _say(f"queue {name}: took {count} waiting jobs out")
     _stop_workers(where, now)
+    # What a worker that was ended at once had in its hands went back to the queue.
+    with contextlib.suppress(redis.RedisError):
+        remove_waiting(open_queue(connection, eval_queue_name))
     _stop_redis(where)
 
 
@@ -120,7 +124,7 @@ def _stop_workers(where: _Where, now: bool) -> None:
     if others:
         crew.drop(set(queues))
     elif crew.is_supervised():
-        crew.stop(how)
+        crew.stop(how, keep_redis=True)
     order_to_stop(where.connection, queues, how)
     ended: set[str] = set()
     said = ""
@@ -142,7 +146,7 @@ def _workers(where: _Where) -> list[dict[str, str]]:
     try:
         return our_workers(where.connection, [where.watch_queue, where.eval_queue])
     except redis.RedisError:
-        # The supervisor, the last to leave, stops the embedded server.
+        # The server was killed meanwhile, or another shutdown was faster.
         if where.chosen.embedded and not Server(where.state).is_running():
             return []
         raise RedisError(f"{where.chosen.name} has stopped answering; the watches are ended, its workers may still run") from None

@@ -13,15 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from assayer import cli
-from assayer.files import printable
+from assayer.files import locked, printable
 from assayer.plan import Plan, PlanStore, state_directory
 from assayer.queues import Connection
 from assayer.queues.board import Board
 from assayer.queues.connect import Target, open_running, target
-from assayer.queues.embedded import other_hosts
+from assayer.queues.embedded import Server, other_hosts
 from assayer.queues.enqueue import open_queue
 from assayer.queues.recover import our_workers
 from assayer.watch.show import BAD, Row, rows_of, table_of
+from assayer.worker.launch import Crew
+from assayer.worker.supervise import retire_redis
 
 __all__ = ["main"]
 
@@ -47,6 +49,7 @@ def main(
     chosen = target(redis_url, redis_host, redis_port, state)
     queues = [watch_queue_name, eval_queue_name]
     console = Console()
+    was_running = Server(state).is_running()
     connection = open_running(chosen, state)
     if live and connection is not None:
         with Live(console=console, auto_refresh=False, screen=console.is_terminal) as screen:
@@ -54,6 +57,11 @@ def main(
                 screen.update(_shown(gather(connection, state, chosen, queues), limit=max(5, console.height - 15)), refresh=True)
                 time.sleep(STEP)
     told = gather(connection, state, chosen, queues)
+    if connection is not None and chosen.embedded and not was_running:
+        # It was started for this look alone.
+        crew = Crew(state, chosen)
+        with locked(crew.gate):
+            retire_redis(crew)
     if as_json:
         click.echo(json.dumps(told, indent=1))
     else:

@@ -322,6 +322,7 @@ def test_shutdown_now_neither_loses_nor_fails_the_interrupted_evaluation(house: 
     house.shutdown("--now")
     assert time.monotonic() - began < 30
     assert house.records() == {}
+    assert not house.server.has_work(), "nothing is left in its queue"
     (house.runs / "model_step1.pt.fast").touch()
     house.watch(evaluator=f"{slow}:slow")
     assert until(lambda: house.record("model_step1.pt", "slow"))["attempts"] == 1
@@ -357,6 +358,7 @@ def test_a_second_ctrl_c_returns_the_running_evaluation_to_the_queue(house: Hous
         assert process.wait(30) == 0
     until(lambda: not house.processes())
     assert house.status()["queues"]["evaluation"]["queued"] == 1, "status starts a Redis that was stopped with work"
+    assert not house.server.is_running(), "for that look alone"
     (house.runs / "model_step1.pt.fast").touch()
     house.watch(evaluator=f"{slow}:slow")
     assert until(lambda: house.record("model_step1.pt", "slow"))["attempts"] == 1

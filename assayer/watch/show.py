@@ -79,6 +79,9 @@ def _live(connection: Connection, jobs: dict[str, str], now: float) -> dict[str,
         if status == b"started":
             moment = datetime.fromisoformat(started.decode().replace("Z", "+00:00")).timestamp() if started else now
             found[path] |= {"state": "running", "attempts": attempts + 1, "seconds": max(0.0, now - moment)}
+        elif status is None:
+            # Taken out by a shutdown, or lost with its Redis: the next tick, or the next watch, queues it again.
+            found[path] |= {"state": "due"}
         elif status == b"finished":
             found[path] |= _summary(connection, job_id)
     return found

@@ -115,10 +115,14 @@ class Crew:
         self.start_supervisor()
         return missing
 
-    def stop(self, how: str) -> None:
-        """Tells the supervisor to end the workers, ``warm`` or ``now``, and then itself."""
+    def stop(self, how: str, keep_redis: bool = False) -> None:
+        """Tells the supervisor to end the workers, ``warm`` or ``now``, and then itself; with ``keep_redis`` the caller ends the server."""
         with locked(self.gate):
-            self._write(self.wanted(), how)
+            self._write(self.wanted(), how, keep_redis)
+
+    def keeps_redis(self) -> bool:
+        """True when whoever gave the order to stop still needs the embedded server."""
+        return bool((read_json(self._wanted) or {}).get("keep_redis"))
 
     def drop(self, queues: set[str]) -> None:
         """Wants no workers on these queues any more; the supervisor ends them after the running evaluation."""
@@ -148,8 +152,8 @@ class Crew:
     def has_plans(self) -> bool:
         return any(True for _ in PlanStore(self.state).active(self.target.name))
 
-    def _write(self, slots: list[Slot], stop: str | None) -> None:
-        value = {"state": str(self.state), "url": self.target.url, "embedded": self.target.embedded, "stop": stop}
+    def _write(self, slots: list[Slot], stop: str | None, keep_redis: bool = False) -> None:
+        value = {"state": str(self.state), "url": self.target.url, "embedded": self.target.embedded, "stop": stop, "keep_redis": keep_redis}
         write_json(self._wanted, {**value, "slots": [asdict(slot) for slot in slots]}, 0o600)
 
 

@@ -250,7 +250,8 @@ class Supervisor:
             if self.crew.has_plans() and not self.crew.order_to_stop():
                 self.stopping = None
                 return False
-            retire_redis(self.crew)
+            if not self.crew.keeps_redis():
+                retire_redis(self.crew)
             self.crew.dismiss()
             return True
 
