@@ -4,6 +4,7 @@ Plans live in the user's state directory, so that neither a shutdown nor a Redis
 a directory was first watched.
 """
 
+import contextlib
 import os
 import re
 import socket
@@ -127,10 +128,21 @@ class PlanStore:
             raise StateError(f"cannot write the plan {printable(str(self.path(plan.id)))}: {error.strerror}") from None
 
     def all(self) -> Iterator[Plan]:
+        """The plans that can be read; one that is damaged hinders no other (see ``unreadable``)."""
         for path in sorted(self.folder.glob("*.json")):
-            plan = self.read(path.stem)
-            if plan:
-                yield plan
+            with contextlib.suppress(StateError):
+                plan = self.read(path.stem)
+                if plan:
+                    yield plan
+
+    def unreadable(self) -> Iterator[str]:
+        """A sentence for each file that should be a plan and is none."""
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                if self.read(path.stem) is None:
+                    yield f"{printable(str(path))} is damaged; remove it and give its watch again"
+            except StateError as error:
+                yield str(error)
 
     def active(self, redis: str) -> Iterator[Plan]:
         """The running watches of this host on the Redis of this name."""

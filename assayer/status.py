@@ -79,6 +79,7 @@ def gather(connection: Connection | None, state: Path, chosen: Target, queues: l
     told["workers"] = _workers(connection, queues) if connection is not None else []
     problems = connection.hgetall("assayer:problems") if connection is not None else {}
     told["problems"] = [p.decode(errors="replace") for p in problems.values() if p]
+    told["problems"] += list(PlanStore(state).unreadable())
     if connection is None:
         told["problems"] += [f"an embedded Redis has data on host {host}: look there, or give --redis_url" for host in other_hosts(state)]
     failures = [c for w in watches for c in w["checkpoints"] if c["state"] in BAD]

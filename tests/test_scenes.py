@@ -379,9 +379,11 @@ def test_a_killed_supervisor_is_replaced_and_its_workers_go_on(house: House) -> 
     (supervisor,) = [pid for pid, line in house.processes().items() if "assayer.worker.supervise" in line]
     os.kill(supervisor, signal.SIGKILL)
     until(lambda: any("assayer.worker.supervise" in line for line in house.processes().values()), 40)
-    house.save("model_step1.pt")
-    until(lambda: house.record("model_step1.pt"))
+    for step in (1, 2):
+        house.save(f"model_step{step}.pt", step)
+        until(lambda step=step: house.record(f"model_step{step}.pt"))  # type: ignore[misc]
     assert house.workers("eval") == pids
+    assert any("assayer.worker.supervise" in line for line in house.processes().values()), "no evaluation took it for a leftover"
 
 
 def test_another_rq_user_on_the_same_redis_is_left_alone(house: House) -> None:

@@ -16,6 +16,7 @@ REFINES: tuple[str, ...] = ()
 
 STATE = "trainer_state.json"
 
+_COUNT_MAX = 10**18
 _SHARD = re.compile(r"(model|pytorch_model|adapter_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -65,12 +66,18 @@ def unmarked(listing: Listing) -> str | None:
 def position(listing: Listing) -> Position:
     named = single_file.position_in(listing.name)
     state = (_state(listing) if STATE in listing.names else None) or {}
-    step, epoch, tokens = (state.get(key) for key in ("global_step", "epoch", "num_input_tokens_seen"))
+    step, tokens = (_count(state.get(key)) for key in ("global_step", "num_input_tokens_seen"))
+    epoch = state.get("epoch")
     return Position(
-        step=step if isinstance(step, int) else named.step,
-        epoch=float(epoch) if isinstance(epoch, int | float) else named.epoch,
-        tokens=tokens if isinstance(tokens, int) and tokens > 0 else None,
+        step=named.step if step is None else step,
+        epoch=float(epoch) if isinstance(epoch, int | float) and abs(epoch) < _COUNT_MAX else named.epoch,
+        tokens=tokens or None,
     )
+
+
+def _count(value: object) -> int | None:
+    """``value`` where it is a count; what a damaged or hostile file holds in its place is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _COUNT_MAX else None
 
 
 def weights(listing: Listing) -> tuple[str, ...]:

@@ -23,9 +23,9 @@ _NEVER = re.compile(
     r"|pytorch_model.*\.bin$|adapter_model\b|tf_model|flax_model"
     r"|.*-\d+-of-\d+\.(safetensors|bin)$"
 )
-_STEP = re.compile(r"(?:^|[^a-z])(?:global[_-]?step|step|steps|iteration|iter|it|checkpoint|ba)[=_-]?(\d+)", re.IGNORECASE)
-_EPOCH = re.compile(r"(?:^|[^a-z])(?:epoch|ep)[=_-]?(\d+)", re.IGNORECASE)
-_LAST_NUMBER = re.compile(r"(?:^|[_.=-])(\d+)$")
+_STEP = re.compile(r"(?:^|[^a-z])(?:global[_-]?step|step|steps|iteration|iter|it|checkpoint|ba)[=_-]?(\d{1,18})", re.IGNORECASE)
+_EPOCH = re.compile(r"(?:^|[^a-z])(?:epoch|ep)[=_-]?(\d{1,18})", re.IGNORECASE)
+_LAST_NUMBER = re.compile(r"(?:^|[_.=-])(\d{1,18})$")
 
 
 def claims(listing: Listing) -> bool:

@@ -5,6 +5,7 @@ Redis is only told; the plans are on disk (``plan.py``), and done is what has a 
 
 import contextlib
 import json
+import logging
 import time
 from typing import Any
 
@@ -12,6 +13,8 @@ from assayer.plan import Plan
 from assayer.queues import Connection
 
 __all__ = ["Board"]
+
+logger = logging.getLogger(__name__)
 
 # Seconds that the last sight of a watch stays readable after it has ended.
 KEEP = 86400
@@ -52,7 +55,13 @@ class Board:
         if not ids:
             return []
         found = self.connection.mget([self.plan_key(i) for i in ids])
-        plans = [Plan.from_json(json.loads(text)) for text in found if text]
+        plans = []
+        for plan_id, text in zip(ids, found, strict=True):
+            if text:
+                try:
+                    plans.append(Plan.from_json(json.loads(text)))
+                except (TypeError, KeyError, ValueError, AttributeError):
+                    logger.warning("plan %s on queue %s is of another version of assayer; it is passed over", plan_id, self.queue)
         return sorted(plans, key=lambda plan: (plan.directory, plan.evaluator.name))
 
     def has(self, plan_id: str) -> bool:

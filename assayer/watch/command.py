@@ -149,7 +149,10 @@ def main(
     if dry_run:
         raise SystemExit(show_dry_run(plans, console, chosen, state))
     slots = watch_slots(str(flags["watch_queue_name"]), num_watch_workers, chosen.name)
-    slots += eval_slots(str(flags["eval_queue_name"]), num_eval_workers, chosen.name, os.environ)
+    evals = eval_slots(str(flags["eval_queue_name"]), num_eval_workers, chosen.name, os.environ)
+    if num_eval_workers is not None and len(evals) < num_eval_workers:
+        errors.print(f"assayer: warning: {len(evals)} GPUs are visible: {len(evals)} eval workers, one on each", markup=False)
+    slots += evals
     crew = Crew(state, chosen)
     with Session(state, [plan.id for plan in plans]):
         for plan in plans:
@@ -257,7 +260,9 @@ def _value(text: str) -> Any:
         raise ValueError(name)
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse)
+        json.dumps(value, allow_nan=False)  # 1e999 is read as infinity, which no JSON file can hold
+        return value
     except (ValueError, RecursionError):
         return text
 

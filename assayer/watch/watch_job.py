@@ -4,6 +4,7 @@ import logging
 import time
 from typing import Any
 
+from redis.exceptions import RedisError
 from rq import get_current_job
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -26,6 +27,8 @@ EARLY = 1.0
 PATIENCE = 2.0
 # Seconds after which a job that failed without a record (its results could not be written, say) is queued again.
 RETRY_PAUSE = 30.0
+# Metrics of each record that the board shows; all of them are in the record.
+METRICS_KEPT = 50
 
 _lookout = Lookout()
 _published: dict[str, dict[str, dict[str, Any]]] = {}
@@ -56,7 +59,14 @@ def tick(queue: str, generation: int) -> None:
         if isinstance(seen, str):
             board.note_tick(plan.id, problem=seen)
         else:
-            _serve(board, plan, seen, guards)
+            try:
+                _serve(board, plan, seen, guards)
+            except RedisError:
+                raise
+            except Exception as error:
+                # A bug that one watch meets must not take the others with it.
+                logger.exception("the tick of %s with %s failed", printable(plan.directory), plan.evaluator.name)
+                board.note_tick(plan.id, problem=f"this tick failed: {type(error).__name__}: {error}")
     left = board.plans()
     if left:
         chain.go_on(connection, queue, generation, max(now, board.next_due(left)))
@@ -148,7 +158,7 @@ def _sight(plan: Plan, decision: Decision) -> dict[str, Any]:
     if record:
         sight |= {
             "state": record.status,
-            "metrics": record.metrics,
+            "metrics": dict(list(record.metrics.items())[:METRICS_KEPT]),
             "attempts": record.attempts,
             "seconds": record.seconds.get("evaluate"),
             "ended": record.ended,

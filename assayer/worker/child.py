@@ -58,9 +58,9 @@ def die_with_parent(parent: int, sig: int = signal.SIGKILL) -> None:
         os._exit(1)
 
 
-def become_reaper() -> None:
-    """From now on, orphans among this process's descendants become its children."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+def become_reaper(on: bool = True) -> None:
+    """From now on (or, with False, no longer), orphans among this process's descendants become its children."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(on))
 
 
 def descendants(root: int) -> list[int]:

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # RQ's own count of retries never decides: an attempt counts only when the evaluator itself ended badly.
 _AGAIN = 1_000_000
+# Metrics that the job's result holds, for who looks into the queue; all of them are in the record.
+METRICS_KEPT = 50
 
 
 def evaluate(**arguments: Any) -> Any:
@@ -208,7 +210,7 @@ def _deliver(job: Job, place: Place, record: Record) -> dict[str, Any]:
 def _summary(record: Record) -> dict[str, Any]:
     return {
         "status": record.status,
-        "metrics": record.metrics,
+        "metrics": dict(list(record.metrics.items())[:METRICS_KEPT]),
         "attempts": record.attempts,
         "seconds": record.seconds.get("evaluate"),
         "error": (record.error or {}).get("message"),

@@ -275,7 +275,7 @@ def retire_redis(crew: Crew) -> bool:
         return False
     try:
         connection = connect(crew.target.url, patience=2, retries=1)
-        if connection.scard("rq:workers"):
+        if any(connection.exists(key) for key in connection.smembers("rq:workers")):
             return False
         left = any(connection.llen(key) for key in connection.scan_iter("rq:queue:*", count=1000, _type="list"))
         connection.close()

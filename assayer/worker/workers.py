@@ -82,6 +82,8 @@ class EvalWorker(_Ours, Worker):
     def monitor_work_horse(self, job: Job, queue: Any) -> None:
         super().monitor_work_horse(job, queue)
         end_descendants()
+        # Between jobs a supervisor that this worker revives must not become its child: it would end with the next job's leftovers.
+        become_reaper(False)
 
 
 class WatchWorker(_Ours, SimpleWorker):

@@ -157,6 +157,25 @@ def test_an_adapter_without_its_config_is_not_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        '{"global_step": true, "epoch": NaN}',
+        '{"global_step": -1, "epoch": 1e999}',
+        '{"global_step": "x", "epoch": []}',
+        "1" * 5000,
+    ],
+)
+def test_what_a_damaged_trainer_state_holds_is_no_position(tmp_path: Path, text: str) -> None:
+    path = hf_sharded(tmp_path)
+    (path / "trainer_state.json").write_text(text)
+    checkpoint = formats.identify(list_path(str(path)))
+    assert checkpoint
+    assert checkpoint.position == Position(step=40)
+
+
+@pytest.mark.parametrize(
     "name",
     [
         *(
