@@ -82,6 +82,7 @@ class Supervisor:
     _connection: Any = None
     _orders: tuple[int, int] | None = None
     _cared: float = 0.0
+    _signalled: bool = False
     _complaint: str = ""
     _unheld: dict[str, float] = field(default_factory=dict)
 
@@ -97,6 +98,7 @@ class Supervisor:
             time.sleep(STEP)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
         self.stopping = "now" if self.stopping else "warm"
 
     def step(self) -> None:
@@ -191,7 +193,9 @@ class Supervisor:
         return self._connection
 
     def _care(self) -> None:
-        """The embedded server runs, no plan is missing in Redis, every chain goes on, and an order to stop is heard."""
+        """An order to stop is heard, the embedded server runs, no plan is missing in Redis, and every chain goes on."""
+        if self.daemon:
+            self._read_orders()
         if self.crew.target.embedded:
             server = Server(self.crew.state)
             if not server.is_running() and not self.stopping:
@@ -201,6 +205,7 @@ class Supervisor:
         if self.daemon:
             self._lay_down_orphans(connection)
             settle_plans(self.crew, connection)
+            self._read_orders()
         self._hear_orders(connection)
         for queue in queues_with_watches(connection) if not self.stopping else []:
             if chain.ensure(connection, queue):
@@ -208,18 +213,22 @@ class Supervisor:
         connection.hset("assayer:problems", f"{os.getpid()}@{host_name()}", "; ".join(self.problems()))
         connection.expire("assayer:problems", 60)
 
+    def _read_orders(self) -> None:
+        """What the disk says, which counts also while no Redis answers: a daemon goes on while there are plans."""
+        order = self.crew.order_to_stop()
+        if order or not self.crew.has_plans():
+            self.stopping = "now" if "now" in (order, self.stopping) else "warm"
+        elif self.stopping == "warm" and not self._signalled:
+            self.stopping = None
+
     def _hear_orders(self, connection: Any) -> None:
-        """A daemon goes on while there are plans; in the foreground, a shutdown of its queue ends it."""
+        """What a shutdown, here or on another host, has told all supervisors of these queues. It ends a daemon's plans, too."""
         orders = stop_orders(connection, sorted({slot.queue for slot in self.wanted()}))
         before, self._orders = self._orders or orders, orders
-        if self.daemon:
-            order = self.crew.order_to_stop()
-            if order or not self.crew.has_plans():
-                self.stopping = "now" if "now" in (order, self.stopping) or orders[1] > before[1] else "warm"
-            elif self.stopping == "warm":
-                self.stopping = None
-        elif orders[0] > before[0]:
-            self.stopping = "now" if orders[1] > before[1] else (self.stopping or "warm")
+        if orders[1] > before[1] and (self.stopping or not self.daemon):
+            self.stopping = "now"
+        elif orders[0] > before[0] and not self.daemon:
+            self.stopping = self.stopping or "warm"
 
     def _lay_down_orphans(self, connection: Any) -> None:
         """Ends the watches whose foreground command was killed: whoever gave it sees nothing of them any more."""
@@ -244,7 +253,7 @@ class Supervisor:
 
     def _may_leave(self) -> bool:
         """Ends the embedded Redis when nothing needs it; False when a new watch has come meanwhile, and all goes on."""
-        if not self.daemon:
+        if not self.daemon or self._signalled:
             return True
         with locked(self.crew.gate):
             if self.crew.has_plans() and not self.crew.order_to_stop():
