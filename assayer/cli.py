@@ -76,6 +76,14 @@ def run(main: click.Command, program: str) -> None:
         # The reader of our output has gone, as with `| head`.
         sys.stderr.close()
         code = 1
+    except Exception as error:
+        if isinstance(error, OSError):
+            _say(f"{error.filename or 'the system'}: {error.strerror or error}")
+        elif type(error).__module__.partition(".")[0] == "redis":
+            _say(f"the Redis answered no more, or refused: {error}")
+        else:
+            raise
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 

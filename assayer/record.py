@@ -63,6 +63,11 @@ class Record:
         return asdict(self)
 
     @property
+    def settles(self) -> bool:
+        """False for an outcome that says only that the weights were away: once they are there, they are to be evaluated."""
+        return self.status not in ("superseded", "vanished")
+
+    @property
     def ended_at(self) -> float:
         """Seconds since the epoch; 0 when the record does not say."""
         try:
@@ -74,10 +79,25 @@ class Record:
 _FIELDS = {f.name for f in fields(Record)}
 
 
+# What a record's fields must be for the rest of assayer to rely on.
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("checkpoint", "format", "identity", "status", "ended"), str),
+    **dict.fromkeys(("evaluator", "metrics", "seconds"), dict),
+    "error": (dict, type(None)),
+    "attempts": int,
+}
+
+
 def read(path: Path) -> Record | None:
-    """The record in ``path``; None when there is none, or it is not one."""
+    """The record in ``path``; None when there is none, or it is not one.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     value = read_json(path)
     if not isinstance(value, dict):
+        return None
+    if any(not isinstance(value[key], kind) for key, kind in _TYPES.items() if key in value):
         return None
     with contextlib.suppress(TypeError):
         return Record(**{key: value[key] for key in _FIELDS & value.keys()})
@@ -88,8 +108,13 @@ def read(path: Path) -> Record | None:
 class Place:
     """Where the results of one checkpoint under one evaluator lie."""
 
-    folder: Path
+    root: Path
+    parts: tuple[str, ...]
     name: str
+
+    @property
+    def folder(self) -> Path:
+        return self.root.joinpath(*self.parts)
 
     @classmethod
     def of(cls, checkpoint: str, evaluator: str, results_dir: str | None = None) -> "Place":
@@ -103,10 +128,24 @@ class Place:
         if run.name == "checkpoints" and re.fullmatch(r"checkpoint_\d+", path.name):
             run = run.parent
         if results_dir:
-            root = Path(results_dir) / f"{short_name(run.name, _ROOM)}-{digest(str(run))[:8]}"
-        else:
-            root = run / "evals"
-        return cls(root / evaluator, short_name(path.name, _ROOM))
+            return cls(
+                Path(results_dir), (f"{short_name(run.name, _ROOM)}-{digest(str(run))[:8]}", evaluator), short_name(path.name, _ROOM)
+            )
+        return cls(run, ("evals", evaluator), short_name(path.name, _ROOM))
+
+    def make_folder(self) -> None:
+        """Makes the folder of the results below the run's own (or ``results_dir``), which must be there: a directory that is away, such as
+        an unmounted file system, is not made anew.
+
+        Raises:
+            OSError: the root is not there, or cannot be written.
+        """
+        folder = self.root
+        folder.stat()
+        for part in self.parts:
+            folder = folder / part
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
 
     @property
     def record(self) -> Path:
@@ -139,7 +178,7 @@ class Place:
         Raises:
             OSError: the folder is read-only or full.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.make_folder()
         if record.status == "superseded":
             path = self.earlier(record.identity)
         else:
@@ -177,12 +216,19 @@ def flatten(result: object) -> tuple[dict[str, float | int | None], list[str]]:
         if name in metrics:
             raise AssayerError(f"the evaluator returned the metric {name!r} twice")
         number = _number(name, value)
-        metrics[name] = number if isinstance(number, int) or math.isfinite(number) else None
+        metrics[name] = number if _is_finite(number) else None
         if metrics[name] is None:
-            notes.append(f"{name} is {number}")
+            notes.append(f"{name} is {number}" if isinstance(number, float) else f"{name} is too large for a number of 64 bits")
     if not metrics:
         raise AssayerError("the evaluator returned an empty mapping; it must return at least one metric")
     return metrics, notes
+
+
+def _is_finite(number: float | int) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _leaves(mapping: Mapping[Any, Any], prefix: str) -> list[tuple[str, object]]:

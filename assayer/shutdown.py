@@ -8,6 +8,9 @@ from pathlib import Path
 
 import click
 import redis
+from rq.command import send_stop_job_command
+from rq.job import Job
+from rq.serializers import JSONSerializer
 
 from assayer import cli
 from assayer.errors import RedisError, UsageError
@@ -18,7 +21,7 @@ from assayer.queues.board import Board
 from assayer.queues.connect import Target, open_running, target
 from assayer.queues.embedded import Server, other_hosts
 from assayer.queues.enqueue import open_queue
-from assayer.queues.recover import our_workers, remove_waiting
+from assayer.queues.recover import is_ours, our_workers, remove_waiting
 from assayer.queues.stop import order_to_stop
 from assayer.worker.launch import Crew
 from assayer.worker.supervise import retire_redis
@@ -69,7 +72,7 @@ def main(
         return
     where = _Where(connection, state, chosen, watch_queue_name, eval_queue_name)
     if directories:
-        _end_some(where, [os.path.abspath(os.path.expanduser(d)) for d in directories])
+        _end_some(where, [os.path.abspath(os.path.expanduser(d)) for d in directories], now)
         return
     _end_watches(where, _plans(where))
     chain.break_off(connection, watch_queue_name)
@@ -77,6 +80,8 @@ def main(
         count = remove_waiting(open_queue(connection, name))
         _say(f"queue {name}: took {count} waiting jobs out")
     _stop_workers(where, now)
+    if Crew(state, chosen).has_plans():
+        return
     # What a worker that was ended at once had in its hands went back to the queue.
     with contextlib.suppress(redis.RedisError):
         remove_waiting(open_queue(connection, eval_queue_name))
@@ -99,46 +104,60 @@ def _end_watches(where: _Where, plans: list[Plan]) -> None:
         _say(f"ended the watch of {plan.directory} with {plan.evaluator.name}")
 
 
-def _end_some(where: _Where, directories: list[str]) -> None:
+def _end_some(where: _Where, directories: list[str], now: bool) -> None:
     plans = [plan for plan in _plans(where) if plan.directory in directories]
     known = {plan.directory for plan in plans}
     for directory in directories:
         if directory not in known:
             watched = ", ".join(sorted({printable(p.directory) for p in _plans(where)})) or "nothing"
             raise UsageError(f"{printable(directory)} is not watched; watched: {watched}")
-    board = Board(where.connection, where.watch_queue)
-    waiting = {sight["job"] for plan in plans for sight in board.sights(plan.id).values() if "job" in sight}
     _end_watches(where, plans)
-    count = remove_waiting(open_queue(where.connection, where.eval_queue), waiting)
-    _say(f"queue {where.eval_queue}: took {count} waiting jobs out")
+    board = Board(where.connection, where.watch_queue)
+    seen = {sight["job"] for plan in plans for sight in board.sights(plan.id).values() if "job" in sight}
+    names = {(plan.directory, plan.evaluator.name) for plan in plans}
+
+    def belongs(job: Job) -> bool:
+        """True for an evaluation of these watches, also one that was queued after the last look at the board."""
+        above = [str(parent) for parent in Path(job.kwargs["checkpoint"]).parents]
+        return job.id in seen or any((folder, job.kwargs["evaluator"]["name"]) in names for folder in above)
+
+    queue = open_queue(where.connection, where.eval_queue)
+    _say(f"queue {where.eval_queue}: took {remove_waiting(queue, belongs)} waiting jobs out")
+    for job_id in queue.started_job_registry.get_job_ids(cleanup=False) if now else []:
+        job = Job.fetch(job_id, connection=where.connection, serializer=JSONSerializer)
+        if is_ours(job) and belongs(job):
+            send_stop_job_command(where.connection, job_id, serializer=JSONSerializer)
+            _say(f"ended at once: {job.description}")
     left = _plans(where)
     _say(f"{len(left)} watches go on" if left else "no watch is left; the workers end after the running evaluation")
 
 
 def _stop_workers(where: _Where, now: bool) -> None:
-    """Ends our workers on every host, and waits for them."""
+    """Ends our workers on every host, and waits for them; a watch that is given meanwhile keeps its own."""
     how = "now" if now else "warm"
     queues = [where.watch_queue, where.eval_queue]
     crew = Crew(where.state, where.chosen)
     others = crew.has_plans()
+    names = {worker["name"] for worker in _workers(where)}
     if others:
         crew.drop(set(queues))
-    elif crew.is_supervised():
+    else:
         crew.stop(how, keep_redis=True)
     order_to_stop(where.connection, queues, how)
-    ended: set[str] = set()
     said = ""
     while True:
-        workers = _workers(where)
-        ended |= {worker["name"] for worker in workers}
-        if not workers and (others or not crew.is_supervised()):
+        standing = [worker for worker in _workers(where) if worker["name"] in names]
+        if not standing and (others or not crew.is_staffed()):
             break
-        busy = ", ".join(worker["name"] for worker in workers if worker["state"] == "busy")
+        if not others and crew.has_plans():
+            _say("a new watch was given meanwhile: its workers stay")
+            break
+        busy = ", ".join(worker["name"] for worker in standing if worker["state"] == "busy")
         if busy and busy != said and not now:
             _say(f"waiting for the running evaluation of {busy} (--now ends it at once)")
             said = busy
         time.sleep(0.1)
-    for name in sorted(ended):
+    for name in sorted(names - {worker["name"] for worker in _workers(where)}):
         _say(f"worker {name} ended")
 
 

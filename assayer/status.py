@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import redis
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -54,7 +55,11 @@ def main(
     if live and connection is not None:
         with Live(console=console, auto_refresh=False, screen=console.is_terminal) as screen:
             while True:
-                screen.update(_shown(gather(connection, state, chosen, queues), limit=max(5, console.height - 15)), refresh=True)
+                try:
+                    shown = _shown(gather(connection, state, chosen, queues), limit=max(5, console.height - 15))
+                except redis.RedisError as error:
+                    shown = Group(Text(f"{chosen.name} does not answer ({error}); waiting"))
+                screen.update(shown, refresh=True)
                 time.sleep(STEP)
     told = gather(connection, state, chosen, queues)
     if connection is not None and chosen.embedded and not was_running:

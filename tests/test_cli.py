@@ -60,7 +60,7 @@ MISTAKES = [
     (["--directory", "none*"], 2, "no directory matches {root}/none*; correct the pattern, or give --wait_for_directory"),
     (["--directory", "evaluator.py"], 2, "{root}/evaluator.py is no directory; --directory takes the directory that holds the checkpoints"),
     (["--regex_filter", "("], 2, "--regex_filter ( is no regular expression: missing ), unterminated subpattern at position 0"),
-    (["--polling_interval", "-1"], 2, "-1.0 is not in the range x>=0"),
+    (["--polling_interval", "-1"], 2, "-1.0 is not in the range 0<=x<=100000000"),
     (["--polling_interval", "soon"], 2, "'soon' is not a valid float"),
     (["--polling_interval", "nan"], 2, "--polling_interval must be a number of seconds"),
     (["--every", "0"], 2, "0 is not in the range x>=1"),
@@ -80,6 +80,8 @@ MISTAKES = [
     (["--eval_queue_name", "watch"], 2, "must be two different queues"),
     (["--eval_queue_name", "a b"], 2, "may hold letters, digits"),
     (["--eval_queue_name", "--detach"], 2, "may hold letters, digits"),
+    (["--timeout", "3000000000"], 2, "3000000000 is not in the range 1<=x<=100000000"),
+    (["--results_dir", "evaluator.py"], 2, "--results_dir {root}/evaluator.py cannot be made: File exists"),
     (["--nonsense"], 2, "No such option"),
 ]
 

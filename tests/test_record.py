@@ -47,7 +47,7 @@ def test_with_results_dir_two_runs_of_one_name_stay_apart() -> None:
 
 
 def test_a_record_comes_back_as_it_was_written_and_no_temporary_file_stays(tmp_path: Path) -> None:
-    place = Place(tmp_path / "evals" / "e", "m.pt")
+    place = Place(tmp_path, ("evals", "e"), "m.pt")
     assert place.write(BASE) == place.record
     assert read(place.record) == BASE
     assert place.find("a" * 32) == BASE
@@ -56,7 +56,7 @@ def test_a_record_comes_back_as_it_was_written_and_no_temporary_file_stays(tmp_p
 
 
 def test_a_path_that_was_saved_again_keeps_its_earlier_record(tmp_path: Path) -> None:
-    place = Place(tmp_path, "last.ckpt")
+    place = Place(tmp_path, (), "last.ckpt")
     place.write(BASE)
     again = replace(BASE, identity="b" * 32)
     place.write(again)
@@ -66,7 +66,7 @@ def test_a_path_that_was_saved_again_keeps_its_earlier_record(tmp_path: Path) ->
 
 
 def test_a_superseded_outcome_never_stands_under_the_checkpoints_name(tmp_path: Path) -> None:
-    place = Place(tmp_path, "last.ckpt")
+    place = Place(tmp_path, (), "last.ckpt")
     place.write(replace(BASE, status="superseded", metrics={}))
     assert not place.record.exists()
     assert place.find("a" * 32)
@@ -92,6 +92,19 @@ def test_a_very_long_name_still_has_a_record(tmp_path: Path) -> None:
     assert len(list(place.folder.iterdir())) == 2
 
 
+@pytest.mark.parametrize("field", [{"evaluator": "e"}, {"ended": None}, {"seconds": 3}, {"error": "x"}, {"metrics": []}, {"attempts": "1"}])
+def test_a_record_with_fields_of_other_kinds_is_none(tmp_path: Path, field: dict[str, object]) -> None:
+    (tmp_path / "m.json").write_text(json.dumps({**BASE.to_json(), **field}))
+    assert read(tmp_path / "m.json") is None
+
+
+def test_a_run_that_is_away_is_not_made_anew(tmp_path: Path) -> None:
+    place = Place.of(str(tmp_path / "run" / "m.pt"), "e")
+    with pytest.raises(FileNotFoundError):
+        place.write(BASE)
+    assert not (tmp_path / "run").exists()
+
+
 def test_nested_mappings_are_joined_and_scalars_are_numbers() -> None:
     result = {"acc": numpy.float32(0.5), "n": numpy.int64(3), "t": {"loss": torch.tensor([2.5]), 7: True}, "i": 2}
     assert flatten(result) == ({"acc": 0.5, "n": 3, "t/loss": 2.5, "t/7": 1, "i": 2}, [])
@@ -100,6 +113,7 @@ def test_nested_mappings_are_joined_and_scalars_are_numbers() -> None:
 def test_nan_and_infinity_become_null_with_a_note() -> None:
     metrics, notes = flatten({"a": math.nan, "b": -math.inf, "c": torch.tensor(float("inf")), "d": 1})
     assert metrics == {"a": None, "b": None, "c": None, "d": 1}
+    assert flatten({"n": 10**400}) == ({"n": None}, ["n is too large for a number of 64 bits"])
     assert notes == ["a is nan", "b is -inf", "c is inf"]
 
 

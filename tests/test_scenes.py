@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import REPOSITORY, House, until
 
@@ -384,6 +385,49 @@ def test_a_killed_supervisor_is_replaced_and_its_workers_go_on(house: House) -> 
         until(lambda step=step: house.record(f"model_step{step}.pt"))  # type: ignore[misc]
     assert house.workers("eval") == pids
     assert any("assayer.worker.supervise" in line for line in house.processes().values()), "no evaluation took it for a leftover"
+
+
+def test_a_shutdown_ends_the_workers_of_a_dead_supervisor(house: House) -> None:
+    house.watch()
+    until(lambda: house.workers("eval"))
+    (supervisor,) = [pid for pid, line in house.processes().items() if "assayer.worker.supervise" in line]
+    os.kill(supervisor, signal.SIGKILL)
+    house.shutdown()
+    assert house.processes() == {}
+
+
+@pytest.mark.slow
+def test_a_run_that_moves_away_in_mid_evaluation_is_not_made_anew(house: House) -> None:
+    slow = house.file("slow.py", "import time\n\ndef slow(path):\n    time.sleep(2)\n    return {'m': 1}\n")
+    house.watch(evaluator=f"{slow}:slow")
+    house.save("model_step1.pt")
+    until(lambda: any(c["state"] == "running" for c in house.status()["watches"][0]["checkpoints"]))
+    away = house.root / "away"
+    house.runs.rename(away)
+    until(lambda: not any(c["state"] == "running" for c in house.status()["watches"][0]["checkpoints"]))
+    assert not house.runs.exists()
+    assert "cannot be read" in house.status()["watches"][0]["problem"]
+    away.rename(house.runs)
+    assert until(lambda: house.record("model_step1.pt", "slow"), 60)["status"] == "finished"
+
+
+def test_once_ends_with_1_when_results_cannot_be_written(house: House) -> None:
+    house.save("model_step1.pt")
+    (house.runs / "evals").write_text("in the way")
+    done = house.once(check=False)
+    assert done.returncode == 1
+    assert "failing" in done.stdout
+    assert "evals/mean: Not a directory" in done.stdout
+
+
+def test_until_idle_counts_from_the_command_and_not_from_an_earlier_watch(house: House) -> None:
+    house.watch("--until_idle", 2)
+    until(lambda: not house.processes())
+    time.sleep(1)
+    began = time.monotonic()
+    house.watch("--until_idle", 4)
+    until(lambda: house.status()["watches"][0]["state"] != "running")
+    assert time.monotonic() - began > 4
 
 
 def test_another_rq_user_on_the_same_redis_is_left_alone(house: House) -> None:

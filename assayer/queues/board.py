@@ -45,7 +45,8 @@ class Board:
             pipe.set(self.plan_key(plan.id), json.dumps(plan.to_json()))
             pipe.sadd(self._ids, plan.id)
             pipe.hdel(self._ended, plan.id)
-            pipe.hset(self.tick_key(plan.id), "next", 0)
+            pipe.hdel(self.tick_key(plan.id), "last", "problem")
+            pipe.hset(self.tick_key(plan.id), mapping={"next": 0, "active_at": time.time(), "given": repr(plan.given)})
             pipe.persist(self.sight_key(plan.id))
             pipe.execute()
 
@@ -113,6 +114,11 @@ class Board:
             # A tick that was overtaken by a shutdown leaves nothing behind for ever.
             pipe.expire(self.tick_key(plan_id), 30 * KEEP)
             pipe.execute()
+
+    def is_current(self, plan: Plan) -> bool:
+        """False when the watch was stopped or given anew since ``plan`` was read."""
+        given = self.connection.hget(self.tick_key(plan.id), "given")
+        return self.has(plan.id) and given is not None and float(given) == plan.given
 
     def due(self, plans: list[Plan], now: float) -> list[Plan]:
         """The plans whose next look has come."""

@@ -25,9 +25,10 @@ ALARM_MARGIN = 120
 # Seconds that RQ keeps a finished and a failed job to be seen; the record is what counts.
 RESULT_TTL = 86400
 FAILURE_TTL = 7 * 86400
-# Workers in a row that one job may take down; RQ's own count of retries is far beyond, so that this one decides.
+# Workers in a row that one job may take down. RQ's own count of retries is well beyond, so that this one decides; it has an end for a
+# worker that cannot even begin the job, such as one without this package.
 LOST_MAX = 5
-_RQ_RETRIES = 1_000_000
+_RQ_RETRIES = 20
 
 _IN_FLIGHT = (JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED)
 

@@ -5,6 +5,7 @@ RQ alone notices a dead worker when its heartbeat runs out; whoever started the 
 
 import contextlib
 import json
+from collections.abc import Callable
 
 from redis.exceptions import WatchError
 from rq import Queue
@@ -94,21 +95,19 @@ def our_workers(connection: Connection, queue_names: list[str]) -> list[dict[str
     return found
 
 
-def remove_waiting(queue: Queue, only: set[str] | None = None) -> int:
+def remove_waiting(queue: Queue, only: Callable[[Job], bool] | None = None) -> int:
     """Takes our own waiting jobs out of a queue (queued, scheduled, failed) and returns how many waited; others' stay.
 
     Args:
         queue: the queue.
-        only: ids of the jobs to take; None for all of ours.
+        only: which of ours to take; None for all of them.
     """
     count = 0
     ids = [*queue.get_job_ids(), *queue.scheduled_job_registry.get_job_ids(cleanup=False)]
     for job_id in dict.fromkeys(ids):
-        if only is not None and job_id not in only:
-            continue
         with contextlib.suppress(NoSuchJobError):
             job = Job.fetch(job_id, connection=queue.connection, serializer=JSONSerializer)
-            if is_ours(job):
+            if is_ours(job) and (only is None or only(job)):
                 job.delete()
                 count += 1
     return count

@@ -29,6 +29,8 @@ from assayer.worker.launch import Crew, eval_slots, watch_slots
 
 __all__ = ["main"]
 
+# Three years: what the alarm clocks below still take.
+SECONDS_MAX = 10**8
 # Seconds that a directory may take to be listed when the command is given.
 LISTING_TIMEOUT = 120
 
@@ -64,11 +66,15 @@ LISTING_TIMEOUT = 120
 @click.option("--max_depth", type=click.IntRange(min=1), default=3, metavar="N", help="How deep below a directory to look.")
 @click.option("--eval_existing", is_flag=True, help="Also evaluate the checkpoints that are there already.")
 @click.option(
-    "--polling_interval", type=click.FloatRange(min=0), default=5.0, metavar="SECONDS", help="Time between two looks; under 1 acts as 1."
+    "--polling_interval",
+    type=click.FloatRange(0, SECONDS_MAX),
+    default=5.0,
+    metavar="SECONDS",
+    help="Time between two looks; under 1 acts as 1.",
 )
 @click.option(
     "--quiet_period",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(0, SECONDS_MAX),
     default=30.0,
     metavar="SECONDS",
     help="Time without change after which a checkpoint counts as whole, where its format leaves no sign.",
@@ -92,7 +98,7 @@ LISTING_TIMEOUT = 120
     metavar="N",
     help="Watch workers on this host, in all; more are stand-bys.",
 )
-@click.option("--timeout", type=click.IntRange(min=1), default=86400, metavar="SECONDS", help="Time that one evaluation may take.")
+@click.option("--timeout", type=click.IntRange(1, SECONDS_MAX), default=86400, metavar="SECONDS", help="Time that one evaluation may take.")
 @click.option(
     "--retries", type=click.IntRange(min=0), default=2, metavar="N", help="How often an evaluation that ended badly is tried again."
 )
@@ -104,7 +110,9 @@ LISTING_TIMEOUT = 120
 @click.option(
     "--once", is_flag=True, help="Evaluate what is there and is due, then end. A directory that was never watched has no baseline then."
 )
-@click.option("--until_idle", type=click.FloatRange(min=0), metavar="SECONDS", help="End after this time without anything new or to do.")
+@click.option(
+    "--until_idle", type=click.FloatRange(0, SECONDS_MAX), metavar="SECONDS", help="End after this time without anything new or to do."
+)
 @click.option("--until_step", type=click.IntRange(min=0), metavar="N", help="End after the checkpoint of step N or later.")
 @click.option("--until_file", metavar="PATH", help="End when this file exists: evaluate what is left, then free the GPUs.")
 @click.option("--detach", is_flag=True, help="Return as soon as the watch runs; end it with assayer.shutdown.")
@@ -143,6 +151,8 @@ def main(
     for plan in plans:
         _refuse_another(plan, store)
     if not dry_run:
+        if plans[0].results_dir is not None:
+            _make_results_dir(Path(plans[0].results_dir))
         open_target(chosen, state).close()
     keep_baseline = not (eval_existing or forget)
     plans = _with_baselines(plans, store, keep_baseline, empty=eval_existing, once=bool(flags["once"]))
@@ -155,13 +165,21 @@ def main(
     slots += evals
     crew = Crew(state, chosen)
     with Session(state, [plan.id for plan in plans]):
-        for plan in plans:
-            store.write(plan)
-        missing = crew.want(slots)
-        connection = open_target(chosen, state)
-        for plan in plans:
-            Board(connection, plan.watch_queue).put(plan)
-        chain.hurry(connection, plans[0].watch_queue)
+        try:
+            for plan in plans:
+                store.write(plan)
+            missing = crew.want(slots)
+            connection = open_target(chosen, state)
+            for plan in plans:
+                Board(connection, plan.watch_queue).put(plan)
+            chain.hurry(connection, plans[0].watch_queue)
+        except BaseException:
+            # A command that did not come to its end leaves no watch behind.
+            for plan in plans:
+                store.stop(plan.id, plan.given)
+            raise
+        for line in crew.conflicts(slots):
+            errors.print(f"assayer: warning: {printable(line)}", markup=False)
         _announce(plans, chosen, [slot.label for slot in missing], errors)
         if detach:
             return
@@ -194,6 +212,15 @@ def _common(flags: dict[str, Any], cwd: Path, now: float) -> dict[str, Any]:
     fields["reevaluate_before"] = now if flags["reevaluate"] else None
     fields["retry_failed_before"] = now if flags["retry_failed"] else None
     return fields
+
+
+def _make_results_dir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--results_dir {printable(str(path))} cannot be made: {error.strerror}") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"--results_dir {printable(str(path))} cannot be written by this user; change its permissions")
 
 
 def _absolute(path: str, cwd: Path) -> str:

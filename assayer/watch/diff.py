@@ -51,7 +51,10 @@ def _decide(plan: Plan, seen: Seen, record_of: Callable[[Seen], Record | None], 
         return Decision(seen, "writing", reason or "is read at the next look")
     if mark and mark.identity == seen.identity:
         return Decision(seen, "baseline", "was there when the watch began")
-    record = record_of(seen)
+    try:
+        record = record_of(seen)
+    except OSError as error:
+        return Decision(seen, "writing", f"its record cannot be read: {error.strerror}")
     if record and _counts(plan, record):
         return Decision(seen, "done", _change(plan, record), record)
     number = seen.checkpoint.position.number
@@ -61,7 +64,9 @@ def _decide(plan: Plan, seen: Seen, record_of: Callable[[Seen], Record | None], 
 
 
 def _counts(plan: Plan, record: Record) -> bool:
-    """False for a record that the command asked to make anew."""
+    """False for a record that the command asked to make anew, and for one that the weights' being there refutes."""
+    if not record.settles:
+        return False
     if plan.reevaluate_before is not None and record.ended_at < plan.reevaluate_before:
         return False
     failed = record.status in ("failed", "timeout")

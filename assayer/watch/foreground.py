@@ -26,10 +26,6 @@ STEP = 0.5
 MARGIN = 6
 
 
-class _Interrupted(Exception):
-    """Ctrl-C, or the terminal has been closed."""
-
-
 class Foreground:
     """Shows the plans until they end, or until the user ends them."""
 
@@ -40,33 +36,40 @@ class Foreground:
         self.console = console
         self.events = Events(console)
         self.rows: list[Row] = []
+        self._signals = 0
         self._store = PlanStore(crew.state)
 
     def run(self) -> bool:
         """Returns once the watches have ended; True when an evaluation failed in a watch that ended by itself."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)
-        try:
-            self._show_until_ended()
-        except _Interrupted:
+            signal.signal(number, self._on_signal)
+        by_user = self._show_until_ended()
+        if by_user:
             self._end_by_user()
+        self._leave()
+        if by_user:
             return False
-        self._leave("warm")
         self.console.print(table_of(self.rows))
         return any(row.state in BAD for row in self.rows)
 
-    def _show_until_ended(self) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C, or the terminal has been closed: counted, and heeded where the command waits, so that nothing is left half done."""
+        self._signals += 1
+
+    def _show_until_ended(self) -> bool:
+        """True when the user ended it."""
         if not self.console.is_terminal:
-            while self._look():
+            while self._look() and not self._signals:
                 self.events.show(self.rows)
                 time.sleep(STEP)
             self.events.show(self.rows)
-            return
+            return self._signals > 0
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
-            while self._look():
+            while self._look() and not self._signals:
                 title = f"{len(self.rows)} checkpoints; Ctrl-C ends this watch"
                 live.update(table_of(self.rows, title, limit=max(3, self.console.height - MARGIN)), refresh=True)
                 time.sleep(STEP)
+        return self._signals > 0
 
     def _look(self) -> bool:
         """Reads the board; False once none of the plans runs any more. An outage of Redis is waited out."""
@@ -92,7 +95,7 @@ class Foreground:
         return stored is not None and stored.active
 
     def _end_by_user(self) -> None:
-        """Ends this command's watches, and the workers when it was the last; a second Ctrl-C ends a running evaluation, too."""
+        """Ends this command's watches: those that no other foreground command stands for, and that were not detached."""
         self._look()
         if not self.console.is_terminal:
             self.events.show(self.rows)
@@ -101,29 +104,27 @@ class Foreground:
         held = held_plans(self.crew.state, but=os.getpid())
         for plan in self.plans:
             stored = self._store.read(plan.id)
-            if stored and not stored.detached and plan.id not in held:
+            if stored and stored.active and not stored.detached and plan.id not in held:
                 self._store.stop(plan.id)
                 try:
                     Board(self.connection, plan.watch_queue).remove(plan)
                 except redis.RedisError:
                     self.events.problem(self.crew.target.name, "no answer; the watch is ended on disk")
                 self.events.say(f"ended the watch of {plan.directory} with {plan.evaluator.name}; the next one goes on where it stopped")
-        try:
-            self._leave("warm")
-        except _Interrupted:
-            self.events.say("ending the running evaluation; it goes back to the queue")
-            self.crew.stop("now")
-            while self.crew.is_supervised():
-                time.sleep(0.1)
 
-    def _leave(self, how: str) -> None:
-        """Waits for the workers to end when nothing on this host needs them any more."""
-        if self.crew.has_plans() or not self.crew.is_supervised():
+    def _leave(self) -> None:
+        """Waits for the workers to end when nothing on this host needs them any more; one more signal ends a running evaluation, too."""
+        if self.crew.has_plans() or not self.crew.is_staffed():
             return
-        self.crew.stop(how)
+        seen, hurried = self._signals, False
+        self.crew.stop("warm")
         said = time.monotonic() + 1.5
-        while self.crew.is_supervised() and not self.crew.has_plans():
-            if said and time.monotonic() > said and self._is_busy():
+        while self.crew.is_staffed() and not self.crew.has_plans():
+            if self._signals > seen and not hurried:
+                hurried = True
+                self.events.say("ending the running evaluation; it goes back to the queue")
+                self.crew.stop("now")
+            elif said and not hurried and time.monotonic() > said and self._is_busy():
                 self.events.say("waiting for the running evaluation; Ctrl-C again ends it at once")
                 said = 0
             time.sleep(0.1)
@@ -134,7 +135,3 @@ class Foreground:
             return any(worker["state"] == "busy" for worker in our_workers(self.connection, queues))
         except redis.RedisError:
             return False
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise _Interrupted

@@ -58,7 +58,7 @@ def see(plan: Plan, memory: Memory, now: float) -> tuple[list[Seen], list[str], 
     read_one = False
     for directory in directories:
         try:
-            listed = scan(directory, plan.max_depth, plan.regex_filter)
+            listed = scan(directory, plan.max_depth, plan.regex_filter, memory.seen)
         except OSError as error:
             problems.append(f"{printable(directory)} cannot be read ({error.strerror}); waiting for it")
             continue

@@ -3,15 +3,17 @@
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Protocol
 
 from assayer import formats
 from assayer.checkpoint import Checkpoint, Entry, Listing, entry_of
 from assayer.files import printable
 from assayer.record import OWN_FOLDERS
 
-__all__ = ["Found", "Scan", "is_temporary", "scan"]
+__all__ = ["Found", "Known", "Scan", "is_temporary", "scan"]
 
 # Names under which trainers and copy programs keep what is not finished yet.
 TEMPORARY = (
@@ -28,6 +30,16 @@ class Found:
     listing: Listing
 
 
+class Known(Protocol):
+    """What an earlier look saw at a path."""
+
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+
+    @property
+    def listing(self) -> Listing: ...
+
+
 @dataclass(frozen=True)
 class Scan:
     """What one look at a directory found, and a sentence for each part of it that could not be read."""
@@ -41,7 +53,7 @@ def is_temporary(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in TEMPORARY)
 
 
-def scan(directory: str, max_depth: int, regex_filter: str | None = None) -> Scan:
+def scan(directory: str, max_depth: int, regex_filter: str | None = None, known: Mapping[str, Known] | None = None) -> Scan:
     """The checkpoints in a directory and up to ``max_depth`` levels below it.
 
     Symbolic links below the directory are not followed: a link such as ``latest`` points at what is listed anyway. In a directory that
@@ -51,20 +63,21 @@ def scan(directory: str, max_depth: int, regex_filter: str | None = None) -> Sca
         directory: absolute path.
         max_depth: 1 is what lies directly in it.
         regex_filter: only checkpoints whose path below the directory has a match of this regular expression.
+        known: what an earlier look saw, by path: where the listing is the same, nothing is identified anew.
 
     Raises:
         OSError: the directory itself is gone or cannot be read.
     """
     found: list[Found] = []
     problems: list[str] = []
-    _walk(directory, 0, max_depth, found, problems)
+    _walk(directory, 0, max_depth, known or {}, found, problems)
     if regex_filter is not None:
         pattern = re.compile(regex_filter)
         found = [f for f in found if pattern.search(os.path.relpath(f.checkpoint.path, directory))]
     return Scan(tuple(sorted(found, key=lambda f: f.checkpoint.order)), tuple(problems))
 
 
-def _walk(path: str, depth: int, max_depth: int, found: list[Found], problems: list[str]) -> None:
+def _walk(path: str, depth: int, max_depth: int, known: Mapping[str, Known], found: list[Found], problems: list[str]) -> None:
     try:
         files, folders = _list(path)
     except OSError as error:
@@ -75,20 +88,20 @@ def _walk(path: str, depth: int, max_depth: int, found: list[Found], problems: l
             problems.append(f"cannot read {printable(path)}: {error.strerror}")
         return
     listing = Listing(path, True, tuple(files))
-    checkpoint = _identify(listing)
+    checkpoint = _identify(listing, known)
     if checkpoint:
         found.append(Found(checkpoint, listing))
     elif depth < max_depth:
         for entry in files:
             if not is_temporary(entry.name):
                 alone = Listing(os.path.join(path, entry.name), False, (entry,))
-                single = _identify(alone)
+                single = _identify(alone, known)
                 if single:
                     found.append(Found(single, alone))
     if depth < max_depth:
         for name in folders:
             if name not in OWN_FOLDERS and not is_temporary(name):
-                _walk(os.path.join(path, name), depth + 1, max_depth, found, problems)
+                _walk(os.path.join(path, name), depth + 1, max_depth, known, found, problems)
 
 
 def _list(path: str) -> tuple[list[Entry], list[str]]:
@@ -106,7 +119,10 @@ def _list(path: str) -> tuple[list[Entry], list[str]]:
     return sorted(files, key=lambda e: e.name), sorted(folders)
 
 
-def _identify(listing: Listing) -> Checkpoint | None:
+def _identify(listing: Listing, known: Mapping[str, Known]) -> Checkpoint | None:
+    before = known.get(listing.path)
+    if before and before.listing == listing:
+        return before.checkpoint
     try:
         return formats.identify(listing)
     except OSError:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 EARLY = 1.0
 # Seconds that one tick waits for its listings; those that take longer are looked at by the next.
 PATIENCE = 2.0
+# Seconds until a look that has not come back, or failed, is asked after again.
+RETRY_LOOK = 1.0
 # Seconds after which a job that failed without a record (its results could not be written, say) is queued again.
 RETRY_PAUSE = 30.0
 # Metrics of each record that the board shows; all of them are in the record.
@@ -48,25 +50,27 @@ def tick(queue: str, generation: int) -> None:
         return
     _lookout.forget({plan.id for plan in plans})
     due = board.due(plans, now + EARLY)
-    for plan in due:
-        _lookout.start(plan, board.tick(plan.id).get("active_at", plan.given))
+    begun = {plan.id for plan in due if _lookout.start(plan, board.tick(plan.id).get("active_at", plan.given))}
     deadline = time.monotonic() + PATIENCE
     guards: dict[str, str | None] = {chain.chain_key(queue): str(generation)}
     for plan in due:
-        seen = _lookout.wait(plan, deadline - time.monotonic())
-        # Late ticks are not made up for: the next look is one interval from now.
-        board.note_tick(plan.id, next=now + max(1.0, plan.polling_interval))
+        # One that has not come back since an earlier tick is not waited for: it would delay the others at every tick.
+        seen = _lookout.wait(plan, deadline - time.monotonic() if plan.id in begun else 0)
+        if not board.is_current(plan):
+            continue
         if isinstance(seen, str):
-            board.note_tick(plan.id, problem=seen)
-        else:
-            try:
-                _serve(board, plan, seen, guards)
-            except RedisError:
-                raise
-            except Exception as error:
-                # A bug that one watch meets must not take the others with it.
-                logger.exception("the tick of %s with %s failed", printable(plan.directory), plan.evaluator.name)
-                board.note_tick(plan.id, problem=f"this tick failed: {type(error).__name__}: {error}")
+            board.note_tick(plan.id, next=now + RETRY_LOOK, problem=seen)
+            continue
+        # Late ticks are not made up for: the next look is one interval from now.
+        board.note_tick(plan.id, next=now + plan.polling_interval)
+        try:
+            _serve(board, plan, seen, guards)
+        except RedisError:
+            raise
+        except Exception as error:
+            # A bug that one watch meets must not take the others with it.
+            logger.exception("the tick of %s with %s failed", printable(plan.directory), plan.evaluator.name)
+            board.note_tick(plan.id, problem=f"this tick failed: {type(error).__name__}: {error}")
     left = board.plans()
     if left:
         chain.go_on(connection, queue, generation, max(now, board.next_due(left)))
@@ -87,7 +91,7 @@ def _serve(board: Board, plan: Plan, look: Look, guards: dict[str, str | None]) 
         sight |= {"state": "queued", "job": task.id}
         if is_in_flight(status):
             continue
-        hindrance = _hindrance(board.connection, task.id, status, look)
+        hindrance = _hindrance(board.connection, task.id, status, look, plan)
         if hindrance is not None:
             sight |= {"state": "failing", "reason": hindrance} if hindrance else {}
         elif enqueue(queue, task, {**guards, board.plan_key(plan.id): None}, at_front=plan.order == "newest"):
@@ -96,10 +100,11 @@ def _serve(board: Board, plan: Plan, look: Look, guards: dict[str, str | None]) 
         return
     changed = _publish(board, plan, states, keep_gone=look.missing)
     values: dict[str, object] = {"last": look.began, "problem": "; ".join(look.problems)}
-    if changed or any(sight["state"] in ("queued", "failing") for sight in states.values()):
+    waits = any(sight["state"] == "queued" for sight in states.values()) or (look.missing and _any_in_flight(board, plan))
+    if changed or waits:
         values["active_at"] = look.began
     board.note_tick(plan.id, **values)
-    if look.final and not any(s["state"] in ("queued", "failing") for s in states.values()) and not _still_moving(plan, look):
+    if look.final and not waits and not _still_moving(plan, look):
         _end(board, plan)
 
 
@@ -123,7 +128,7 @@ def task_of(plan: Plan, decision: Decision) -> Task:
     )
 
 
-def _hindrance(connection: Connection, job_id: str, status: str | None, look: Look) -> str | None:
+def _hindrance(connection: Connection, job_id: str, status: str | None, look: Look, plan: Plan) -> str | None:
     """None when the job may be queued now. A sentence when it failed without leaving a record and a pause is kept; an empty one when it
     has finished since the look, whose record the next look will see."""
     if status not in ("finished", "failed", "stopped", "canceled"):
@@ -132,7 +137,8 @@ def _hindrance(connection: Connection, job_id: str, status: str | None, look: Lo
     ended = job.ended_at.timestamp() if job.ended_at else 0.0
     if status == "finished":
         return "" if ended > look.began - 1 else None
-    if time.time() - ended > RETRY_PAUSE:
+    # A watch that is about to end does not try for ever what this very watch has seen fail.
+    if ended < plan.given or (time.time() - ended > RETRY_PAUSE and not look.final):
         return None
     return _last_line(job) or f"the job {status}; it is queued again in a moment"
 
@@ -183,9 +189,13 @@ def _publish(board: Board, plan: Plan, states: dict[str, dict[str, Any]], keep_g
 
 def _still_moving(plan: Plan, look: Look) -> bool:
     """True while a checkpoint that is not whole has changed within the quiet period: it may still become whole."""
-    if look.missing:
-        return not plan.once
     return any(d.state == "writing" and look.began - d.seen.since < plan.quiet_period + 1 for d in look.decisions)
+
+
+def _any_in_flight(board: Board, plan: Plan) -> bool:
+    """True while an evaluation waits or runs that an earlier look has queued."""
+    jobs = [sight["job"] for sight in board.sights(plan.id).values() if "job" in sight]
+    return any(is_in_flight(status) for status in statuses(board.connection, jobs).values())
 
 
 def _end(board: Board, plan: Plan) -> None:

@@ -51,11 +51,12 @@ def evaluate(**arguments: Any) -> Any:
 def _evaluate(job: Job, task: Task) -> Any:
     place = Place.of(task.checkpoint, task.evaluator.name, task.results_dir)
     present = place.find(task.identity)
-    if present and present.ended_at >= task.not_before:
+    if present and present.settles and present.ended_at >= task.not_before:
         return _summary(present)
     _make_folder(place)
-    if "outcome" in job.meta:
-        return _deliver(job, place, Record(**job.meta["outcome"]))
+    kept = Record(**job.meta.pop("outcome")) if "outcome" in job.meta else None
+    if kept and kept.ended_at >= task.not_before:
+        return _deliver(job, place, kept)
     runs = _count_run(job)
     base = _record(task, place, job)
     if runs > LOST_MAX:
@@ -102,6 +103,8 @@ def _changed(task: Task) -> _Gone | None:
         listing = list_path(task.checkpoint)
         now = identity(listing, form.weights(listing))
     except FileNotFoundError:
+        if not os.path.isdir(os.path.dirname(task.checkpoint)):
+            raise StateError(f"{printable(os.path.dirname(task.checkpoint))} is not there; waiting for it") from None
         return _Gone("vanished", f"{printable(task.checkpoint)} was deleted before it could be evaluated")
     except CheckpointError as error:
         return _Gone("superseded", f"{error}: it is being written again")
@@ -140,13 +143,15 @@ def _in_child(task: Task, place: Place) -> Any:
 
 
 def _output(place: Place) -> str:
-    place.output.mkdir(parents=True, exist_ok=True)
+    place.output.mkdir(exist_ok=True)
     return str(place.output)
 
 
 def _make_folder(place: Place) -> None:
     try:
-        place.folder.mkdir(parents=True, exist_ok=True)
+        place.make_folder()
+    except FileNotFoundError:
+        raise StateError(f"{printable(str(place.root))} is not there; waiting for it") from None
     except OSError as error:
         raise StateError(f"cannot make {printable(str(place.folder))}: {error.strerror}; give another place with --results_dir") from None
 

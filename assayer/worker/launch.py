@@ -119,6 +119,25 @@ class Crew:
         """Tells the supervisor to end the workers, ``warm`` or ``now``, and then itself; with ``keep_redis`` the caller ends the server."""
         with locked(self.gate):
             self._write(self.wanted(), how, keep_redis)
+        if self.is_staffed():
+            # Workers whose supervisor was killed have nobody else who would end them.
+            self.start_supervisor()
+
+    def is_staffed(self) -> bool:
+        """True while the supervisor, or a worker that it should look after, lives."""
+        return self.is_supervised() or any(self.is_held(slot) for slot in self.wanted())
+
+    def conflicts(self, slots: list[Slot]) -> list[str]:
+        """A sentence for each slot that serves another queue or another Redis, so that none of these workers can stand there."""
+        queues = {slot.key: slot.queue for slot in self.wanted()}
+        found = []
+        for slot in slots:
+            facts = read_json(self.slots_folder / f"{slot.locks[0]}.json") or {}
+            if queues.get(slot.key, slot.queue) != slot.queue:
+                found.append(f"{slot.label} already serves the queue {queues[slot.key]}: no worker for {slot.queue} stands there")
+            elif self.is_held(slot) and facts.get("redis", self.target.name) != self.target.name:
+                found.append(f"{slot.label} already serves {facts['redis']}: no worker for {self.target.name} stands there")
+        return found
 
     def keeps_redis(self) -> bool:
         """True when whoever gave the order to stop still needs the embedded server."""

@@ -77,6 +77,7 @@ class Supervisor:
     daemon: bool
     output: int | None = None
     say: Callable[[str], None] = logger.info
+    leave: Callable[[], None] = lambda: None
     posts: dict[str, _Post] = field(default_factory=dict)
     stopping: str | None = None
     _connection: Any = None
@@ -119,7 +120,8 @@ class Supervisor:
                 self._bury(slot, post, _how(post.process.returncode), now)
             elif post.adopted is not None and not self.crew.is_held(slot):
                 self._bury(slot, post, "it was started by an earlier supervisor", now)
-            if post.pid is None and not self.stopping and now >= post.not_before:
+            # One that an earlier supervisor started is taken on also when all is to end: nobody else would end it.
+            if post.pid is None and now >= post.not_before and (not self.stopping or self.crew.is_held(slot)):
                 self._start(slot, post, now)
         if self.stopping:
             self._stop_workers()
@@ -262,6 +264,8 @@ class Supervisor:
             if not self.crew.keeps_redis():
                 retire_redis(self.crew)
             self.crew.dismiss()
+            # With the gate still held: whoever comes next finds no supervisor, and starts one.
+            self.leave()
             return True
 
 
@@ -320,7 +324,7 @@ def main(folder: Path) -> None:
         os.dup2(source, target)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:
-        Supervisor(crew, crew.wanted, daemon=True, output=output).run()
+        Supervisor(crew, crew.wanted, daemon=True, output=output, leave=lambda: os.close(descriptor)).run()
     except BaseException:
         logger.exception("the supervisor ended by an error")
         raise

@@ -125,6 +125,31 @@ def test_a_record_with_its_identity_means_done(tmp_path: Path) -> None:
     assert states(replace(p, retry_failed_before=NOW), memory) == {"m_step1.pt": "due"}
 
 
+@pytest.mark.parametrize("status", ["superseded", "vanished"])
+def test_weights_that_are_there_refute_a_record_that_says_they_were_not(tmp_path: Path, status: str) -> None:
+    path = save(tmp_path / "m_step1.pt")
+    p, memory = plan(tmp_path), Memory()
+    identity = look(p, memory, NOW, NOW).decisions[0].seen.identity
+    Place.of(str(path), "e").write(record(path, identity or "", status=status))
+    assert states(p, memory) == {"m_step1.pt": "due"}
+
+
+def test_a_record_that_cannot_be_read_is_said_and_hinders_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save(tmp_path / f"m_step{step}.pt", step)
+        Place.of(str(tmp_path / f"m_step{step}.pt"), "e").write(record(tmp_path / f"m_step{step}.pt", "other" * 6))
+    from assayer.record import read
+
+    def closed(path: Path) -> Record | None:
+        if "step1" in path.name:
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr("assayer.watch.look.read", closed)
+    found = look(plan(tmp_path), Memory(), NOW, NOW)
+    assert [(d.state, d.reason) for d in found.decisions] == [("writing", "its record cannot be read: Permission denied"), ("due", "")]
+
+
 def test_a_changed_evaluator_is_said_and_not_acted_on(tmp_path: Path) -> None:
     path = save(tmp_path / "m_step1.pt")
     p, memory = plan(tmp_path), Memory()

@@ -256,6 +256,9 @@ def test_results_that_cannot_be_written_are_kept_and_delivered_without_evaluatin
     assert record
     assert record.metrics == {"m": 1}
     assert Path(f"{task.checkpoint}.count").read_text() == "x"
+    enqueue(bench.queue, bench.task("good", evaluator=evaluator, not_before=4e9), {})
+    bench.work()
+    assert Path(f"{task.checkpoint}.count").read_text() == "xx", "what was delivered is not delivered again"
 
 
 def test_the_evaluator_sees_no_launchers_ranks(bench: Bench) -> None:
