@@ -1,22 +1,29 @@
 """What all commands share: one spelling of flags, one-line errors with an exit code, and the flags that name the Redis."""
 
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from assayer import __version__
 from assayer.errors import AssayerError
 
-__all__ = ["command", "redis_options", "run"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["command", "console", "redis_options", "run"]
 
 
 def _underscored(token: str) -> str:
     return token.replace("-", "_")
 
+
+# Columns of a table that is written into a pipe.
+PIPE_WIDTH = 240
 
 SETTINGS = {"token_normalize_func": _underscored, "help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True}
 
@@ -63,6 +70,9 @@ def run(main: click.Command, program: str) -> None:
     except click.Abort:
         code = 130
     except click.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and later; click 8.1 shows the help itself
+            click.echo(error.format_message(), err=True)
+            sys.exit(error.exit_code)
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context else ""
         _say(error.format_message() + hint)
@@ -89,6 +99,14 @@ def run(main: click.Command, program: str) -> None:
 
 def _say(text: str) -> None:
     print(f"assayer: error: {' '.join(text.split())}", file=sys.stderr)
+
+
+def console() -> "Console":
+    """A console for tables: as wide as the terminal, and on a pipe, where nobody sees the edge, wide enough for a line a row."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal or "COLUMNS" in os.environ else Console(width=PIPE_WIDTH)
 
 
 version_option = click.version_option(__version__, prog_name="assayer", message="%(prog)s %(version)s")

@@ -96,7 +96,7 @@ def private_directory(path: Path) -> Path:
     except OSError as error:
         raise StateError(f"cannot make the directory {printable(str(path))}: {error.strerror}") from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise StateError(f"{printable(str(path))} is not a directory of this user; remove it, or set XDG_STATE_HOME or TMPDIR")
+        raise StateError(f"{printable(str(path))} is not a directory of this user; set XDG_STATE_HOME (or TMPDIR) to one that is")
     return path
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,8 +184,17 @@ def check(reference: Reference, arguments: list[str], torch_elsewhere: bool) -> 
         if reference.function in names:
             return f"evaluator {reference} was checked by its source only: {answer['error']} on this machine"
         raise EvaluatorError(f"evaluator {reference}: no function {reference.function!r}; {_offer(Path(reference.target))}")
+    if answer.get("error", "").endswith("SystemExit: 2") and done.stderr.strip():
+        # argparse at the top level of the file: what it complained of says more.
+        answer["error"] += f" ({done.stderr.strip().splitlines()[-1]})"
     reason = answer.get("error") or (done.stderr.strip().splitlines() or [f"its import ended the process with code {done.returncode}"])[-1]
     raise EvaluatorError(f"evaluator {printable(str(reference))}: {printable(reason)}")
+
+
+def _line_of(error: BaseException, reference: Reference) -> str:
+    """Where in the user's own files an import went wrong, such as ``eval.py line 3: ``."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if str(Path(f.filename).parent) in reference.folders]
+    return f"{Path(frames[-1].filename).name} line {frames[-1].lineno}: " if frames else ""
 
 
 def _examine(target: str, function: str, cwd: str, arguments: list[str]) -> dict[str, str]:
@@ -196,11 +206,11 @@ def _examine(target: str, function: str, cwd: str, arguments: list[str]) -> dict
         return {"assayer": "wrong", "error": str(error)}
     except ModuleNotFoundError as error:
         own = error.name == target or any((Path(f) / (error.name or "").partition(".")[0]).exists() for f in reference.folders)
-        return {"assayer": "wrong" if own else "no module", "error": f"{error}"}
+        return {"assayer": "wrong" if own else "no module", "error": f"{_line_of(error, reference)}{error}"}
     except SyntaxError as error:
         return {"assayer": "wrong", "error": f"line {error.lineno}: {error.msg}"}
     except BaseException as error:  # SystemExit at import is the user's mistake like any other
-        return {"assayer": "wrong", "error": f"its import raised {type(error).__name__}: {error}"}
+        return {"assayer": "wrong", "error": f"{_line_of(error, reference)}its import raised {type(error).__name__}: {error}"}
     parameters = list(signature.parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
     if not positional:

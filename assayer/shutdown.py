@@ -78,7 +78,7 @@ def main(
     chain.break_off(connection, watch_queue_name)
     for name in (watch_queue_name, eval_queue_name):
         count = remove_waiting(open_queue(connection, name))
-        _say(f"queue {name}: took {count} waiting jobs out")
+        _say(f"queue {name}: took {_count(count, 'waiting job')} out")
     _stop_workers(where, now)
     if Crew(state, chosen).has_plans():
         return
@@ -122,14 +122,16 @@ def _end_some(where: _Where, directories: list[str], now: bool) -> None:
         return job.id in seen or any((folder, job.kwargs["evaluator"]["name"]) in names for folder in above)
 
     queue = open_queue(where.connection, where.eval_queue)
-    _say(f"queue {where.eval_queue}: took {remove_waiting(queue, belongs)} waiting jobs out")
+    _say(f"queue {where.eval_queue}: took {_count(remove_waiting(queue, belongs), 'waiting job')} out")
     for job_id in queue.started_job_registry.get_job_ids(cleanup=False) if now else []:
         job = Job.fetch(job_id, connection=where.connection, serializer=JSONSerializer)
         if is_ours(job) and belongs(job):
             send_stop_job_command(where.connection, job_id, serializer=JSONSerializer)
             _say(f"ended at once: {job.description}")
     left = _plans(where)
-    _say(f"{len(left)} watches go on" if left else "no watch is left; the workers end after the running evaluation")
+    if not left:
+        chain.break_off(where.connection, where.watch_queue)
+    _say(f"{_count(len(left), 'watch', 'watches')} left" if left else "no watch is left; the workers end after the running evaluation")
 
 
 def _stop_workers(where: _Where, now: bool) -> None:
@@ -178,6 +180,10 @@ def _stop_redis(where: _Where) -> None:
     with locked(crew.gate):
         retire_redis(crew)
     _say("the embedded Redis still serves others" if Server(where.state).is_running() else "the embedded Redis is stopped")
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _say(text: str) -> None:

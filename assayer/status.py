@@ -1,6 +1,8 @@
 """What is queued, running, done and failed, and why a checkpoint is not ready: ``python -m assayer.status``."""
 
 import json
+import os
+import socket
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 
 import click
 import redis
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -22,7 +24,7 @@ from assayer.queues.connect import Target, open_running, target
 from assayer.queues.embedded import Server, other_hosts
 from assayer.queues.enqueue import open_queue
 from assayer.queues.recover import our_workers
-from assayer.watch.show import BAD, Row, rows_of, table_of
+from assayer.watch.show import BAD, Row, View, table_of
 from assayer.worker.launch import Crew
 from assayer.worker.supervise import retire_redis
 
@@ -45,18 +47,20 @@ def main(
     watch_queue_name: str,
     eval_queue_name: str,
 ) -> None:
-    """Shows watches, checkpoints, queues, workers and failures. Exit code 0, or 1 when something failed."""
+    """Shows watches, checkpoints, queues, workers and failures. Exit code 0, or 1 when an evaluation of a running watch failed."""
     state = state_directory()
     chosen = target(redis_url, redis_host, redis_port, state)
     queues = [watch_queue_name, eval_queue_name]
-    console = Console()
+    console = cli.console()
     was_running = Server(state).is_running()
     connection = open_running(chosen, state)
     if live and connection is not None:
         with Live(console=console, auto_refresh=False, screen=console.is_terminal) as screen:
             while True:
                 try:
-                    shown = _shown(gather(connection, state, chosen, queues), limit=max(5, console.height - 15))
+                    told = gather(connection, state, chosen, queues)
+                    tables = max(1, sum(watch["state"] != "ended" for watch in told["watches"]))
+                    shown = _shown(told, limit=max(3, (console.height - 14 - len(told["workers"])) // tables - 4))
                 except redis.RedisError as error:
                     shown = Group(Text(f"{chosen.name} does not answer ({error}); waiting"))
                 screen.update(shown, refresh=True)
@@ -87,8 +91,11 @@ def gather(connection: Connection | None, state: Path, chosen: Target, queues: l
     told["problems"] += list(PlanStore(state).unreadable())
     if connection is None:
         told["problems"] += [f"an embedded Redis has data on host {host}: look there, or give --redis_url" for host in other_hosts(state)]
-    failures = [c for w in watches for c in w["checkpoints"] if c["state"] in BAD]
-    told["failed"] = [{key: c[key] for key in ("path", "evaluator", "state", "error", "reason")} for c in failures]
+    looks = any(worker["queue"] == queues[0] and worker["state"] != "dead" for worker in told["workers"])
+    if any(watch["state"] == "running" for watch in watches) and not looks:
+        told["problems"].append("no watch worker lives: nobody looks for checkpoints; give a watch command again, or assayer.shutdown")
+    failures = [c for w in watches if w["state"] != "ended" for c in w["checkpoints"] if c["state"] in BAD]
+    told["failed"] = [{key: c[key] for key in ("path", "evaluator", "state", "error", "reason", "log")} for c in failures]
     return told
 
 
@@ -103,7 +110,7 @@ def _watch(connection: Connection | None, plan: Plan) -> dict[str, Any]:
     board = Board(connection, plan.watch_queue) if connection is not None else None
     tick = board.tick(plan.id) if board else {"problem": ""}
     active = board.has(plan.id) if board else False
-    rows = rows_of(connection, plan) if connection is not None else []
+    rows = View(connection).rows(plan) if connection is not None else []
     return {
         "directory": plan.directory,
         "evaluator": plan.evaluator.name,
@@ -113,15 +120,7 @@ def _watch(connection: Connection | None, plan: Plan) -> dict[str, Any]:
         "last_look": tick.get("last"),
         "next_look": tick.get("next") if active else None,
         "problem": tick["problem"] if active else "",
-        "checkpoints": [_checkpoint(row) for row in rows],
-    }
-
-
-def _checkpoint(row: Row) -> dict[str, Any]:
-    facts = asdict(row)
-    return {
-        key: facts[key]
-        for key in ("path", "name", "evaluator", "state", "reason", "step", "epoch", "attempts", "seconds", "metrics", "error")
+        "checkpoints": [asdict(row) for row in rows],
     }
 
 
@@ -135,31 +134,43 @@ def _workers(connection: Connection, queues: list[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for worker in our_workers(connection, queues):
         job = worker.pop("current_job")
+        if worker["hostname"] == socket.gethostname() and not _lives(int(worker["pid"])):
+            worker["state"] = "dead"
         description = connection.hget(f"rq:job:{job}", "description") if job else None
         found.append({**worker, "job": description.decode(errors="replace") if description else None})
     return found
 
 
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _shown(told: dict[str, Any], limit: int | None = None) -> Group:
     parts: list[Any] = [Text(f"Redis: {told['redis']}" + ("" if told["running"] else " (does not run: nothing is watched, nothing waits)"))]
+    if told["queues"]:
+        lengths = {n: f"{q['queued']} queued, {q['started']} started, {q['scheduled']} scheduled" for n, q in told["queues"].items()}
+        parts.append(_two_columns("queue", lengths))
+    if told["workers"]:
+        parts.append(_two_columns("worker", {w["name"]: _doing(w) for w in told["workers"]}))
     now = time.time()
     for watch in told["watches"]:
-        if watch["state"] == "ended" and not watch["checkpoints"]:
+        name = f"{printable(watch['directory'])} with {watch['evaluator']}"
+        if watch["state"] == "ended":
+            # Its results are in its records; the whole of what was last seen is in --json.
+            parts.append(Text(f"\n{name}: ended", style="dim"))
             continue
         when = f", next look in {max(0.0, watch['next_look'] - now):.0f} s" if watch["next_look"] is not None else ""
-        parts.append(Text(f"\n{printable(watch['directory'])} with {watch['evaluator']}: {watch['state']}{when}", style="bold"))
+        parts.append(Text(f"\n{name}: {watch['state']}{when}", style="bold"))
         if watch["problem"]:
             parts.append(Text(f"  {printable(watch['problem'])}", style="yellow"))
         if watch["checkpoints"]:
             parts.append(table_of([Row(**c) for c in watch["checkpoints"]], limit=limit))
-    if told["queues"]:
-        parts.append(
-            _two_columns(
-                "queue", {n: f"{q['queued']} queued, {q['started']} started, {q['scheduled']} scheduled" for n, q in told["queues"].items()}
-            )
-        )
-    if told["workers"]:
-        parts.append(_two_columns("worker", {w["name"]: _doing(w) for w in told["workers"]}))
     parts += [Text(printable(problem), style="yellow") for problem in told["problems"]]
     if told["failed"]:
         parts.append(Text(f"\n{len(told['failed'])} failed", style="red"))
@@ -168,7 +179,8 @@ def _shown(told: dict[str, Any], limit: int | None = None) -> Group:
 
 def _doing(worker: dict[str, Any]) -> str:
     gpus = f"gpu {worker['gpus']}, " if worker["gpus"] else ""
-    return f"{gpus}{worker['hostname']}, pid {worker['pid']}: {worker['job'] or worker['state'] or 'starting'}"
+    doing = "dead" if worker["state"] == "dead" else worker["job"] or worker["state"] or "starting"
+    return f"{gpus}{worker['hostname']}, pid {worker['pid']}: {doing}"
 
 
 def _two_columns(heading: str, rows: dict[str, str]) -> Group:

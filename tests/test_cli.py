@@ -68,9 +68,14 @@ MISTAKES = [
     (["--order", "random"], 2, "'random' is not one of 'oldest', 'newest'"),
     (["--evaluator", "evaluator.py:main"], 2, "has no function 'main'; it has mean"),
     (["--evaluator", "lm_evil"], 2, "give path/to/file.py:function"),
-    (["--evaluator", "a/b=evaluator.py:mean"], 2, "no file"),
+    (["--evaluator", "a/b=evaluator.py:mean"], 2, "the evaluator's name 'a/b' may hold letters"),
+    (["--directory", ""], 2, "--directory is empty; is a shell variable unset?"),
     (["--evaluator", "-x=evaluator.py:mean"], 2, "the evaluator's name '-x' may hold letters"),
-    (["--evaluator", "mean=evaluator.py:other"], 2, "two evaluators are called 'mean'"),
+    (
+        ["--evaluator", "mean=evaluator.py:other"],
+        2,
+        "two evaluators are called 'mean'; give one of them another name: --evaluator other=evaluator.py:other",
+    ),
     (["-E", "limit"], 2, "-E limit must be KEY=VALUE or NAME:KEY=VALUE"),
     (["-E", "other:limit=3"], 2, "no evaluator is called 'other'; there are mean"),
     (["-E", "limit=3"], 2, "mean has no parameter 'limit'; it takes the checkpoint path alone"),
@@ -100,7 +105,15 @@ def test_a_mistake_is_one_line_that_says_what_is_allowed(house: House, words: li
 
 
 @pytest.mark.parametrize(
-    "words", [["watch"], ["watch", "--directory", "."], ["nonsense"], ["worker", "--gpus", "x"], ["worker", "--gpus_per_eval", 2]]
+    "words",
+    [
+        ["watch"],
+        ["watch", "--directory", "."],
+        ["nonsense"],
+        ["worker", "--gpus", "x"],
+        ["worker", "--gpus_per_eval", 2],
+        ["worker", "--gpus", "0,1,2", "--gpus_per_eval", 2],
+    ],
 )
 def test_other_mistakes_are_one_line_too(house: House, words: list[str]) -> None:
     done = house.command(*words, check=False)

@@ -1,6 +1,7 @@
 """The line, end to end, as scenes: real watches, workers and Redis, and checkpoints that ``torch.save`` wrote."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -339,7 +340,7 @@ def test_ctrl_c_ends_a_foreground_watch_its_workers_and_its_redis(house: House) 
         assert process.wait(30) == 0
         assert process.stdout
         said = process.stdout.read()
-    assert "<- model_step1.pt mean finished mean=1" in said
+    assert re.search(r"<- model_step1\.pt mean finished in [0-9.]+ s: mean=1\n", said)
     assert "ended the watch" in said
     until(lambda: not house.processes())
 

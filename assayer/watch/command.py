@@ -135,7 +135,7 @@ def main(
     **flags: Any,
 ) -> None:
     """Watches directories of checkpoints and evaluates each new one, once, as soon as it is whole."""
-    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    console, errors = cli.console(), Console(stderr=True, soft_wrap=True)
     cwd, now = Path.cwd(), time.time()
     state = state_directory()
     _check_flags(flags)
@@ -235,6 +235,8 @@ def _directories(given: tuple[str, ...], cwd: Path, may_be_missing: bool) -> lis
     """
     found = []
     for text in given:
+        if not text:
+            raise UsageError("--directory is empty; is a shell variable unset?")
         path = _absolute(text, cwd)
         is_pattern = not os.path.lexists(path) and any(c in text for c in "*?[")
         if is_pattern:
@@ -262,13 +264,13 @@ def _evaluators(given: tuple[str, ...], arguments: tuple[str, ...], cwd: Path) -
     """
     named: dict[str, Evaluator] = {}
     for text in given:
-        label = re.match(r"([^=:/]+)=(.+)", text)
+        label = re.match(r"([^=:]*)=(.+)", text) if not Path(text.partition(":")[0]).exists() else None
+        if label and not re.fullmatch(r"\w[\w.-]{,99}", label[1]):
+            raise EvaluatorError(f"the evaluator's name {printable(label[1])!r} may hold letters, digits, '_', '.' and '-', 100 at most")
         reference = refs.parse(label[2] if label else text, cwd)
-        name = label[1] if label else reference.function
-        if not re.fullmatch(r"\w[\w.-]*", name) or len(name) > 100:
-            raise EvaluatorError(f"the evaluator's name {printable(name)!r} may hold letters, digits, '_', '.' and '-', 100 at most")
+        name, bare = (label[1], label[2]) if label else (reference.function, text)
         if name in named and named[name].reference != reference:
-            raise EvaluatorError(f"two evaluators are called {name!r}; give one of them another name: --evaluator other={printable(text)}")
+            raise EvaluatorError(f"two evaluators are called {name!r}; give one of them another name: --evaluator other={printable(bare)}")
         named[name] = Evaluator(name, reference, source=refs.source_digest(reference))
     for text in arguments:
         key, equals, value = text.partition("=")
@@ -328,7 +330,10 @@ def _with_baselines(plans: list[Plan], store: PlanStore, keep: bool, empty: bool
 
 def _announce(plans: list[Plan], chosen: Target, started: list[str], console: Console) -> None:
     for plan in plans:
-        kept = f", {len(plan.baseline)} checkpoints were there before" if plan.baseline else ""
+        there = "checkpoint was" if len(plan.baseline) == 1 else "checkpoints were"
+        kept = f", {len(plan.baseline)} {there} there before" if plan.baseline else ""
+        if plan.results_dir is None and not plan.is_pattern and os.path.isdir(plan.directory) and not os.access(plan.directory, os.W_OK):
+            console.print(f"assayer: warning: {printable(plan.directory)} cannot be written: give a place with --results_dir", markup=False)
         console.print(f"watching {printable(plan.directory)} with {plan.evaluator.name}{kept}", markup=False, highlight=False)
     if started:
         console.print(f"starting workers: {', '.join(started)} ({chosen.name})", markup=False, highlight=False)

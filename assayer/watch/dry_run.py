@@ -20,7 +20,7 @@ __all__ = ["show_dry_run"]
 # Seconds that one look may take.
 TIMEOUT = 120
 
-_WORDS = {"due": "would be evaluated", "done": "recorded", "baseline": "baseline", "skipped": "skipped", "writing": "not ready"}
+_WORDS = {"due": "would be evaluated", "done": "recorded", "baseline": "not new", "skipped": "skipped", "writing": "not ready"}
 
 
 def show_dry_run(plans: list[Plan], console: Console, chosen: Target, state: Path) -> int:

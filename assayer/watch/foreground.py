@@ -15,7 +15,7 @@ from assayer.queues import Connection
 from assayer.queues.board import Board
 from assayer.queues.recover import our_workers
 from assayer.session import held_plans
-from assayer.watch.show import BAD, Events, Row, rows_of, table_of
+from assayer.watch.show import BAD, Events, Row, View, table_of
 from assayer.worker.launch import Crew
 
 __all__ = ["Foreground"]
@@ -34,9 +34,10 @@ class Foreground:
         self.connection = connection
         self.crew = crew
         self.console = console
-        self.events = Events(console)
+        self.events = Events(console, since=min(plan.given for plan in plans))
         self.rows: list[Row] = []
         self._signals = 0
+        self._view = View(connection)
         self._store = PlanStore(crew.state)
 
     def run(self) -> bool:
@@ -49,6 +50,8 @@ class Foreground:
         self._leave()
         if by_user:
             return False
+        if not any(plan.ends for plan in self.plans):
+            self.events.say("the watch was ended by another command")
         self.console.print(table_of(self.rows))
         return any(row.state in BAD for row in self.rows)
 
@@ -73,21 +76,23 @@ class Foreground:
 
     def _look(self) -> bool:
         """Reads the board; False once none of the plans runs any more. An outage of Redis is waited out."""
+        # Asked first: what is read after a watch has ended is its last word.
+        running = any(self._runs(plan) for plan in self.plans)
         try:
-            rows = [row for plan in self.plans for row in rows_of(self.connection, plan)]
+            rows = [row for plan in self.plans for row in self._view.rows(plan)]
             for plan in self.plans:
-                self.events.problem(plan.directory, str(Board(self.connection, plan.watch_queue).tick(plan.id)["problem"]))
-            running = [plan for plan in self.plans if self._runs(plan)]
+                self.events.problem(plan.id, str(Board(self.connection, plan.watch_queue).tick(plan.id)["problem"]), plan.directory)
+            self.rows = rows or self.rows
+            self.events.problem("redis", "", self.crew.target.name)
         except redis.RedisError as error:
-            self.events.problem(self.crew.target.name, f"no answer ({error}); waiting")
-            return True
-        self.rows = rows or self.rows
+            self.events.problem("redis", f"{self.crew.target.name} does not answer ({error}); waiting for it", self.crew.target.name)
         if running:
+            # Killed together, workers, supervisor and server come back from here.
             try:
                 self.crew.start_supervisor()
             except (AssayerError, OSError) as error:
-                self.events.problem("workers", str(error))
-        return bool(running)
+                self.events.problem("workers", str(error), "the workers")
+        return running
 
     def _runs(self, plan: Plan) -> bool:
         """The disk decides: a plan that Redis has lost comes back, one that was stopped is marked."""
@@ -109,7 +114,7 @@ class Foreground:
                 try:
                     Board(self.connection, plan.watch_queue).remove(plan)
                 except redis.RedisError:
-                    self.events.problem(self.crew.target.name, "no answer; the watch is ended on disk")
+                    self.events.say(f"{self.crew.target.name} does not answer; the watch is ended on disk")
                 self.events.say(f"ended the watch of {plan.directory} with {plan.evaluator.name}; the next one goes on where it stopped")
 
     def _leave(self) -> None:

@@ -5,7 +5,7 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import translate
 from typing import Protocol
 
 from assayer import formats
@@ -20,6 +20,7 @@ TEMPORARY = (
     *("tmp-*", "tmp_*", "*-tmp", "*_tmp", "*.tmp", "*.tmp.*", "*.temp", "*.part", "*.partial", "*.incomplete", "*.writing"),
     *("*-unfinished", "*.orbax-checkpoint-tmp-*", "*.lock", "*~", ".*"),
 )
+_TEMPORARY = re.compile("|".join(translate(pattern) for pattern in TEMPORARY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Scan:
 
 def is_temporary(name: str) -> bool:
     """True for a name that is never a checkpoint's: hidden, or one that says "not finished"."""
-    return any(fnmatch(name, pattern) for pattern in TEMPORARY)
+    return _TEMPORARY.match(name) is not None
 
 
 def scan(directory: str, max_depth: int, regex_filter: str | None = None, known: Mapping[str, Known] | None = None) -> Scan:

@@ -19,7 +19,7 @@ from assayer.plan import Plan
 from assayer.queues import Connection
 from assayer.queues.board import Board
 
-__all__ = ["BAD", "Events", "Row", "detail_of", "rows_of", "table_of"]
+__all__ = ["BAD", "Events", "Row", "View", "detail_of", "rows_of", "table_of"]
 
 # States in which an evaluation did not come to metrics.
 BAD = ("failed", "timeout", "failing")
@@ -44,21 +44,39 @@ class Row:
     seconds: float | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
     error: str | None = None
+    ended: float | None = None
+    log: str | None = None
 
     @property
     def position(self) -> str:
         return str(self.step) if self.step is not None else f"epoch {self.epoch:g}" if self.epoch is not None else ""
 
 
-def rows_of(connection: Connection, plan: Plan, now: float | None = None) -> list[Row]:
-    """The rows of one watch, by step; what waits or runs is shown as RQ knows it this moment."""
-    now = time.time() if now is None else now
-    sights = Board(connection, plan.watch_queue).sights(plan.id)
+class View:
+    """The rows of watches, look after look; what a tick has seen is read again only after the next one."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._sights: dict[str, tuple[float, dict[str, Any]]] = {}
+
+    def rows(self, plan: Plan) -> list[Row]:
+        """The rows of one watch as they are now."""
+        board = Board(self.connection, plan.watch_queue)
+        last = float(board.tick(plan.id).get("last", 0.0))
+        known = self._sights.get(plan.id)
+        if known is None or known[0] != last:
+            known = self._sights[plan.id] = (last, board.sights(plan.id))
+        return rows_of(self.connection, plan, known[1])
+
+
+def rows_of(connection: Connection, plan: Plan, sights: dict[str, Any]) -> list[Row]:
+    """The rows of one watch, by step, from what its last tick saw; what waits or runs is shown as RQ knows it this moment."""
+    now = time.time()
     waiting = {path: sight["job"] for path, sight in sights.items() if sight["state"] == "queued" and "job" in sight}
     live = _live(connection, waiting, now)
     rows = []
     for path, sight in sights.items():
-        kept = ("state", "reason", "step", "epoch", "attempts", "seconds", "metrics", "error")
+        kept = ("state", "reason", "step", "epoch", "attempts", "seconds", "metrics", "error", "ended", "log")
         facts = {key: sight[key] for key in kept if key in sight} | live.get(path, {})
         name = path if plan.is_pattern else os.path.relpath(path, plan.directory)
         name = sight["name"] if name == "." else name
@@ -105,14 +123,21 @@ def metrics_text(metrics: dict[str, float | None]) -> str:
 
 def detail_of(row: Row) -> str:
     """What is worth saying of a row beside its state: its metrics, its error, or why it is not ready."""
-    parts = [metrics_text(row.metrics), printable(row.error or ""), printable(row.reason)]
+    log = f"log: {printable(row.log)}" if row.log and row.state in BAD else ""
+    parts = [metrics_text(row.metrics), printable(row.error or ""), printable(row.reason), log]
     return "; ".join(part for part in parts if part)
 
 
 def table_of(rows: list[Row], title: str | None = None, limit: int | None = None) -> Group:
-    """A table with one line a row; with ``limit`` only so many lines, the youngest, and a line that counts the others."""
+    """A table with one line a row; those of the baseline are counted only.
+
+    Args:
+        rows: by step.
+        title: stands above.
+        limit: only so many lines: what waits, runs or is written first, then the youngest.
+    """
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("checkpoint", overflow="fold", no_wrap=False, min_width=12)
+    table.add_column("checkpoint", overflow="fold", min_width=12)
     several = len({row.evaluator for row in rows}) > 1
     if several:
         table.add_column("evaluator")
@@ -120,50 +145,64 @@ def table_of(rows: list[Row], title: str | None = None, limit: int | None = None
         table.add_column(heading, no_wrap=True)
     for heading in ("tries", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("metrics, or why not", overflow="fold", ratio=1)
-    left_out = max(0, len(rows) - limit) if limit else 0
-    for row in rows[left_out:]:
+    table.add_column("metrics, or why not", overflow="fold")
+    told = [row for row in rows if row.state != "baseline"]
+    shown = told if limit is None or len(told) <= limit else _most_telling(told, limit)
+    for row in shown:
         cells = [Text(printable(row.name))]
         if several:
             cells.append(Text(row.evaluator))
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
         cells += [Text(row.state, style=_COLOURS.get(row.state, "dim")), Text(row.position), Text(str(row.attempts or "")), Text(seconds)]
         table.add_row(*cells, Text(detail_of(row)))
-    return Group(*([Text(f"... and {left_out} more above")] if left_out else []), table)
+    notes = []
+    if len(rows) > len(told):
+        notes.append(Text(f"{len(rows) - len(told)} there before the watch began"))
+    if len(told) > len(shown):
+        notes.append(Text(f"{len(told) - len(shown)} more not shown"))
+    return Group(*([table] if shown or not notes else []), *notes)
+
+
+def _most_telling(rows: list[Row], limit: int) -> list[Row]:
+    active = [row for row in rows if row.state in ("running", "queued", "writing", "failing")][:limit]
+    chosen = {id(row) for row in [*active, *[row for row in reversed(rows) if row not in active][: limit - len(active)]]}
+    return [row for row in rows if id(row) in chosen]
 
 
 class Events:
-    """Turns what changes between two looks into lines."""
+    """Turns what changes between two looks into lines. ``since``: results from before this moment (seconds) are no news."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, since: float) -> None:
         self.console = console
-        self._states: dict[tuple[str, str], str] = {}
+        self.since = since
+        self._states: dict[tuple[str, str], tuple[str, int]] = {}
         self._problems: dict[str, str] = {}
 
     def show(self, rows: list[Row]) -> None:
-        """Prints one line for each row whose state has changed; what was there from the start and stays as it was is passed over."""
+        """Prints one line for each row whose state has changed."""
         for row in rows:
-            key = (row.path, row.evaluator)
-            if self._states.get(key) == row.state:
-                continue
-            self._states[key] = row.state
-            self._line(row)
+            key, state = (row.path, row.evaluator), (row.state, row.attempts if row.state == "queued" else 0)
+            if self._states.get(key) != state:
+                self._states[key] = state
+                if row.ended is None or row.ended >= self.since:
+                    self._line(row)
 
-    def problem(self, where: str, text: str) -> None:
-        """Prints what hinders a watch, once until it changes."""
-        if text and self._problems.get(where) != text:
-            self.say(f"{printable(where)}: {printable(text)}")
-        self._problems[where] = text
+    def problem(self, key: str, text: str, where: str) -> None:
+        """Prints what hinders a watch, once until it changes, and when it is over."""
+        if text != self._problems.get(key, ""):
+            self.say(printable(text or f"{where}: all is well again"))
+        self._problems[key] = text
 
     def say(self, text: str) -> None:
+        """Prints one line."""
         self.console.print(Text(text), soft_wrap=True)
 
     def _line(self, row: Row) -> None:
         name = f"{printable(row.name)} {row.evaluator}"
         if row.state in ("queued", "running"):
-            self.say(f"-> {name} {row.state}")
+            self.say(f"-> {name} {row.state}" + (f" again ({printable(row.reason)})" if row.reason and row.state == "queued" else ""))
         elif row.state == "writing":
             self.say(f".. {name} not ready: {printable(row.reason)}")
-        elif row.state not in ("baseline", "skipped"):
+        elif row.state not in ("baseline", "skipped", "due"):
             seconds = "" if row.seconds is None else f" in {row.seconds:.1f} s"
-            self.say(f"<- {name} {row.state} {detail_of(row)}{seconds}")
+            self.say(f"<- {name} {row.state}{seconds}: {detail_of(row)}")

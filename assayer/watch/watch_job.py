@@ -167,7 +167,8 @@ def _sight(plan: Plan, decision: Decision) -> dict[str, Any]:
             "metrics": dict(list(record.metrics.items())[:METRICS_KEPT]),
             "attempts": record.attempts,
             "seconds": record.seconds.get("evaluate"),
-            "ended": record.ended,
+            "ended": record.ended_at,
+            "log": record.log,
             "error": (record.error or {}).get("message"),
         }
     return sight

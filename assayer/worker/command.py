@@ -11,7 +11,7 @@ from assayer.errors import UsageError
 from assayer.files import locked
 from assayer.plan import state_directory
 from assayer.queues.connect import open_target, target
-from assayer.worker.environ import parse_gpus
+from assayer.worker.environ import gpu_uuids, parse_gpus
 from assayer.worker.launch import Crew, Slot, eval_slots, gpu_slots
 from assayer.worker.supervise import Supervisor, retire_redis
 
@@ -65,12 +65,18 @@ def _slots(count: int | None, gpus: str | None, each: int, queue: str, redis: st
     """
     if gpus is None:
         if each == 1:
-            # Numbers are totals: on the n-th start of one worker without a GPU, the n-th place is still free.
             return eval_slots(queue, count, redis, os.environ)
         raise UsageError("--gpus_per_eval needs --gpus, such as --gpus 0,1,2,3")
-    slots = gpu_slots(queue, parse_gpus(gpus), each)
-    if not slots:
-        raise UsageError(f"--gpus {gpus} names too few GPUs for --gpus_per_eval {each}")
+    names = parse_gpus(gpus)
+    if len(names) % each or not names:
+        raise UsageError(f"--gpus {gpus} names {len(names)} GPUs, which cannot be shared out {each} to each evaluation (--gpus_per_eval)")
+    known = gpu_uuids()
+    for name in names:
+        if known and name.isdigit() and name not in known:
+            raise UsageError(f"there is no GPU {name} on this machine; nvidia-smi -L lists {', '.join(known)}")
+    if not known:
+        click.echo("assayer: warning: nvidia-smi lists no GPU on this machine; the workers see what CUDA makes of --gpus", err=True)
+    slots = gpu_slots(queue, names, each)
     if count is not None and count > len(slots):
-        raise UsageError(f"--num_workers {count} needs {count * each} GPUs, --gpus names {len(parse_gpus(gpus))}")
+        raise UsageError(f"--num_workers {count} needs {count * each} GPUs, --gpus names {len(names)}")
     return slots[:count]

@@ -111,6 +111,8 @@ class Supervisor:
                 self._care()
             except (redis.RedisError, AssayerError, OSError) as error:
                 self._complain(str(error))
+        if self.daemon and not self.stopping and self.crew.order_to_stop():
+            self._read_orders()
         slots = {slot.key: slot for slot in self.wanted()}
         for key in self.posts.keys() - slots.keys():
             self._dismiss(key)
@@ -279,6 +281,13 @@ def settle_plans(crew: Crew, connection: Any) -> None:
                 store.stop(plan.id, plan.given)
             else:
                 board.put(plan)
+    for queue in queues_with_watches(connection):
+        board = Board(connection, queue)
+        for plan in board.plans():
+            # Ended while this Redis did not answer.
+            stored = store.read(plan.id) if plan.host == host_name() else None
+            if stored and not stored.active and stored.given >= plan.given:
+                board.remove(plan)
 
 
 def retire_redis(crew: Crew) -> bool:
