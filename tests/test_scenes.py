@@ -375,6 +375,21 @@ def test_a_killed_foreground_command_leaves_nothing_running(house: House) -> Non
     until(lambda: not house.processes(), 40)
 
 
+@pytest.mark.slow
+def test_a_foreground_watch_brings_back_all_that_was_killed_around_it(house: House) -> None:
+    words = ["--directory", house.runs, "--evaluator", f"{house.evaluator}:mean", "--polling_interval", 1]
+    with house.running("watch", *words) as process:
+        until(lambda: house.workers("eval"))
+        for pid in house.processes():
+            if pid != process.pid:
+                os.kill(pid, signal.SIGKILL)
+        house.save("model_step1.pt")
+        until(lambda: house.record("model_step1.pt"), 60)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    until(lambda: not house.processes())
+
+
 def test_a_killed_supervisor_is_replaced_and_its_workers_go_on(house: House) -> None:
     house.watch()
     pids = until(lambda: house.workers("eval"))
@@ -479,6 +494,74 @@ def test_redis_elsewhere_is_used_when_it_is_named(house: House) -> None:
         assert mine.is_running()
     finally:
         mine.stop(work_left=False)
+
+
+def test_each_worker_sees_exactly_its_own_gpu_and_no_gpu_has_two_workers(house: House) -> None:
+    """Two GPUs by name only: what is asked for is the environment that a worker and its evaluation get."""
+    source = """
+import os, time
+
+def gpu(path):
+    time.sleep(0.5)
+    return {os.environ["CUDA_VISIBLE_DEVICES"]: 1, "ranks": "RANK" in os.environ}
+"""
+    evaluator = house.file("gpu.py", source)
+    house.environment |= {"CUDA_VISIBLE_DEVICES": "GPU-aa,MIG-bb", "RANK": "3", "WORLD_SIZE": "8"}
+    house.watch(evaluator=f"{evaluator}:gpu")
+    until(lambda: len(house.workers("eval")) == 2)
+    house.watch("--num_eval_workers", 2, evaluator=f"{evaluator}:gpu")
+    refused = house.command("worker", "--gpus", "GPU-aa", check=False)
+    assert refused.returncode == 2
+    assert "every slot has its worker" in refused.stderr
+    for step in range(6):
+        house.save(f"model_step{step}.pt", step)
+    until(lambda: len(house.records()) == 6)
+    records = house.records().values()
+    assert {tuple(r["gpus"]) for r in records} == {("GPU-aa",), ("MIG-bb",)}
+    assert all(r["metrics"] == {r["gpus"][0]: 1, "ranks": 0} for r in records)
+    told = house.status()
+    assert sorted(w["gpus"] for w in told["workers"] if w["queue"] == "evaluation") == ["GPU-aa", "MIG-bb"]
+
+
+def test_a_redis_on_tcp_with_a_password_serves_workers_elsewhere_and_the_password_is_never_shown(house: House) -> None:
+    import socket
+    import subprocess
+
+    from assayer.queues.embedded import find_binary
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        str(find_binary()),
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--requirepass",
+        "open-sesame",
+        "--save",
+        "",
+        "--dir",
+        str(house.root),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            house.environment["ASSAYER_REDIS_URL"] = f"redis://:open-sesame@127.0.0.1:{port}/0"
+            until(lambda: house.command("status", check=False).returncode == 0)
+            house.watch("--num_eval_workers", 0)
+            with house.running("worker") as worker:
+                house.save("model_step1.pt")
+                until(lambda: house.record("model_step1.pt"))
+                shown = house.command("status").stdout + house.command("status", "--json").stdout + house.log()
+                assert "open-sesame" not in shown + str(list(house.processes().values()))
+                assert f"redis://127.0.0.1:{port}/0" in shown
+                house.shutdown()
+                assert worker.wait(30) == 0
+            assert server.poll() is None
+            assert list(house.processes()) == []
+        finally:
+            server.terminate()
 
 
 def test_a_failed_evaluation_is_not_repeated_until_asked(house: House) -> None:

@@ -27,6 +27,8 @@ BAD = ("failed", "timeout", "failing")
 _COLOURS = {"finished": "green", "running": "cyan", "queued": "blue", "writing": "yellow"} | dict.fromkeys(BAD, "red")
 # Metrics that a line of the table shows.
 METRICS_SHOWN = 4
+# Lines that a table too long for its terminal keeps for what is settled already.
+SETTLED_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def table_of(rows: list[Row], title: str | None = None, limit: int | None = None
     Args:
         rows: by step.
         title: stands above.
-        limit: only so many lines: what waits, runs or is written first, then the youngest.
+        limit: only so many lines: what runs, waits or is written first, and the last of what is settled.
     """
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("checkpoint", overflow="fold", min_width=12)
@@ -164,8 +166,10 @@ def table_of(rows: list[Row], title: str | None = None, limit: int | None = None
 
 
 def _most_telling(rows: list[Row], limit: int) -> list[Row]:
-    active = [row for row in rows if row.state in ("running", "queued", "writing", "failing")][:limit]
-    chosen = {id(row) for row in [*active, *[row for row in reversed(rows) if row not in active][: limit - len(active)]]}
+    active = [row for row in rows if row.state in ("running", "queued", "writing", "failing")]
+    others = [row for row in rows if row not in active]
+    room = limit - min(len(others), max(min(SETTLED_SHOWN, limit // 2), limit - len(active)))
+    chosen = {id(row) for row in [*active[:room], *others[room - limit :]]}
     return [row for row in rows if id(row) in chosen]
 
 

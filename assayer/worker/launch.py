@@ -116,9 +116,12 @@ class Crew:
         return missing
 
     def stop(self, how: str, keep_redis: bool = False) -> None:
-        """Tells the supervisor to end the workers, ``warm`` or ``now``, and then itself; with ``keep_redis`` the caller ends the server."""
+        """Tells the supervisor to end the workers, ``warm`` or ``now``, and then itself; with ``keep_redis`` the caller ends the server.
+
+        Of two orders, such as a shutdown's and that of the command whose watch it ended, the stronger one holds.
+        """
         with locked(self.gate):
-            self._write(self.wanted(), how, keep_redis)
+            self._write(self.wanted(), "now" if self.order_to_stop() == "now" else how, keep_redis or self.keeps_redis())
         if self.is_staffed():
             # Workers whose supervisor was killed have nobody else who would end them.
             self.start_supervisor()

@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint_dir", type=Path, default=Path(__file__).parent / "checkpoints")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--learning_rate", type=float, default=4e-4)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds to wait after each epoch, as if epochs took longer")
     options = parser.parse_args()
     options.checkpoint_dir.mkdir(parents=True, exist_ok=True)
