@@ -414,7 +414,16 @@ def test_a_shutdown_ends_the_workers_of_a_dead_supervisor(house: House) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_moves_away_in_mid_evaluation_is_not_made_anew(house: House) -> None:
-    slow = house.file("slow.py", "import time\n\ndef slow(path):\n    time.sleep(2)\n    return {'m': 1}\n")
+    source = """
+import os, time
+
+def slow(path):
+    with open(os.path.dirname(__file__) + "/calls", "a") as file:
+        file.write("x")
+    time.sleep(2)
+    return {"m": 1}
+"""
+    slow = house.file("slow.py", source)
     house.watch(evaluator=f"{slow}:slow")
     house.save("model_step1.pt")
     until(lambda: any(c["state"] == "running" for c in house.status()["watches"][0]["checkpoints"]))
@@ -425,6 +434,7 @@ def test_a_run_that_moves_away_in_mid_evaluation_is_not_made_anew(house: House) 
     assert "cannot be read" in house.status()["watches"][0]["problem"]
     away.rename(house.runs)
     assert until(lambda: house.record("model_step1.pt", "slow"), 60)["status"] == "finished"
+    assert (house.root / "calls").read_text() == "x", "the outcome was kept"
 
 
 def test_once_ends_with_1_when_results_cannot_be_written(house: House) -> None:

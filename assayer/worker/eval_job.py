@@ -56,7 +56,7 @@ def _evaluate(job: Job, task: Task) -> Any:
     _make_folder(place)
     kept = Record(**job.meta.pop("outcome")) if "outcome" in job.meta else None
     if kept and kept.ended_at >= task.not_before:
-        return _deliver(job, place, kept)
+        return _finish(job, place, task, kept)
     runs = _count_run(job)
     base = _record(task, place, job)
     if runs > LOST_MAX:
@@ -71,12 +71,8 @@ def _evaluate(job: Job, task: Task) -> Any:
     ending = _call(task, place, base)
     seconds = {"evaluate": round(time.monotonic() - started, 3)}
     if ending.cause is None:
-        gone = _changed(task)
-        if gone and gone.status == "superseded":
-            return _deliver(job, place, replace(base, status="superseded", error=gone.error, seconds=seconds, ended=now_utc()))
         metrics, notes = ending.value
-        outcome = replace(base, status="finished", metrics=metrics, notes=notes, seconds=seconds, ended=now_utc())
-        return _deliver(job, place, outcome)
+        return _finish(job, place, task, replace(base, status="finished", metrics=metrics, notes=notes, seconds=seconds, ended=now_utc()))
     error = {"cause": ending.cause, "message": ending.message, "traceback": ending.traceback}
     if base.attempts <= task.retries:
         _keep(job, attempts=base.attempts, runs=0, error=error)
@@ -84,6 +80,18 @@ def _evaluate(job: Job, task: Task) -> Any:
         return Retry(max=_AGAIN)
     status = "timeout" if ending.cause == "timeout" else "failed"
     return _deliver(job, place, replace(base, status=status, error=error, seconds=seconds, ended=now_utc()))
+
+
+def _finish(job: Job, place: Place, task: Task, outcome: Record) -> dict[str, Any]:
+    """Delivers an outcome, unless the weights changed meanwhile; while the run is away (an unmounted file system), it waits in the job."""
+    try:
+        gone = _changed(task)
+    except StateError:
+        _keep(job, outcome=asdict(outcome), runs=0)
+        raise
+    if outcome.status == "finished" and gone and gone.status == "superseded":
+        outcome = replace(outcome, status="superseded", metrics={}, notes=[], error=gone.error)
+    return _deliver(job, place, outcome)
 
 
 class _Gone:
