@@ -92,6 +92,11 @@ class Plan:
         return digest(self.directory, self.evaluator.name)[:16]
 
     @property
+    def root(self) -> str:
+        """The directory itself, or of a pattern what stands before its first wildcard: paths are shown below it."""
+        return os.path.dirname(re.split(r"[*?\[]", self.directory, maxsplit=1)[0]) if self.is_pattern else self.directory
+
+    @property
     def ends(self) -> bool:
         """True when this watch is to end by itself."""
         return self.once or self.until_idle is not None or self.until_step is not None or self.until_file is not None

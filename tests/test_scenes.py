@@ -88,15 +88,49 @@ def test_a_killed_embedded_redis_comes_back_with_its_data(house: House) -> None:
 
 
 def test_a_watch_worker_killed_in_mid_tick_is_replaced_and_the_chain_goes_on(house: House) -> None:
+    """The first tick is made to stop before it schedules its successor; there it is killed."""
+    source = f"""
+import os, time
+from assayer.queues import chain
+
+go_on = chain.go_on
+
+def stop_once(*words):
+    if not os.path.exists({str(house.root / "reached")!r}):
+        open({str(house.root / "reached")!r}, "w").close()
+        time.sleep(100)
+    return go_on(*words)
+
+chain.go_on = stop_once
+"""
+    house.file("site/sitecustomize.py", source)
+    house.environment["PYTHONPATH"] = f"{house.root / 'site'}:{REPOSITORY}"
+    house.watch()
+    until((house.root / "reached").exists)
+    (pid,) = until(lambda: house.workers("watch"))
+    os.kill(pid, signal.SIGKILL)
+    house.save("model_step2.pt")
+    until(lambda: house.record("model_step2.pt"))
+    assert house.workers("watch") != [pid]
+
+
+def test_a_watch_worker_killed_while_it_is_handed_a_tick_is_replaced(house: House) -> None:
     house.watch()
     (pid,) = until(lambda: house.workers("watch"))
-    # Stopped first, so that the kill finds it with a tick in its hands.
+    # Stopped first: the server hands the next tick to a worker that never begins it.
     os.kill(pid, signal.SIGSTOP)
     time.sleep(2.5)
     os.kill(pid, signal.SIGKILL)
     house.save("model_step2.pt")
     until(lambda: house.record("model_step2.pt"), 40)
-    assert house.workers("watch") != [pid]
+
+
+def test_a_stand_by_watch_worker_goes_on_where_the_first_was_killed(house: House) -> None:
+    house.watch("--num_watch_workers", 2)
+    pids = until(lambda: len(house.workers("watch")) == 2 and house.workers("watch"))
+    os.kill(pids[0], signal.SIGKILL)
+    house.save("model_step2.pt")
+    until(lambda: house.record("model_step2.pt"))
 
 
 def test_a_killed_eval_worker_loses_no_evaluation_and_costs_no_attempt(house: House) -> None:

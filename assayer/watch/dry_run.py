@@ -1,5 +1,6 @@
 """``--dry_run``: for each checkpoint what a watch would do, and why not; nothing is started or written."""
 
+import os
 import time
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def _row(plan: Plan, decision: Decision, in_flight: bool) -> Row:
     state = "in flight" if in_flight else record.status if record else _WORDS[decision.state]
     return Row(
         checkpoint.path,
-        checkpoint.path.removeprefix(plan.directory + "/"),
+        os.path.relpath(checkpoint.path, plan.root),
         plan.evaluator.name,
         state,
         reason=decision.reason,

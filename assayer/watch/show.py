@@ -80,7 +80,7 @@ def rows_of(connection: Connection, plan: Plan, sights: dict[str, Any]) -> list[
     for path, sight in sights.items():
         kept = ("state", "reason", "step", "epoch", "attempts", "seconds", "metrics", "error", "ended", "log")
         facts = {key: sight[key] for key in kept if key in sight} | live.get(path, {})
-        name = path if plan.is_pattern else os.path.relpath(path, plan.directory)
+        name = os.path.relpath(path, plan.root)
         name = sight["name"] if name == "." else name
         rows.append(Row(path, name, plan.evaluator.name, **facts))
     return sorted(rows, key=lambda r: ((r.step if r.step is not None else r.epoch) or 0, natural_key(r.path)))
@@ -188,7 +188,7 @@ class Events:
             key, state = (row.path, row.evaluator), (row.state, row.attempts if row.state == "queued" else 0)
             if self._states.get(key) != state:
                 self._states[key] = state
-                if row.ended is None or row.ended >= self.since:
+                if row.ended is None or row.ended >= self.since or row.reason:
                     self._line(row)
 
     def problem(self, key: str, text: str, where: str) -> None:

@@ -62,6 +62,11 @@ def test_a_value_comes_back_and_output_lies_in_the_log(case: Case) -> None:
         ("import ctypes; ctypes.string_at(0)", "signal", "the evaluation was ended by signal SIGSEGV"),
         ("os.abort()", "signal", "the evaluation was ended by signal SIGABRT"),
         ("raise MemoryError('big')", "out of memory", "MemoryError: big"),
+        (
+            "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); bytearray(2 << 30)",
+            "out of memory",
+            "MemoryError",
+        ),
         ("raise KeyboardInterrupt", "exception", "KeyboardInterrupt"),
         (
             "raise type('OutOfMemoryError', (RuntimeError,), {})('CUDA out of memory')",
