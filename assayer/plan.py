@@ -59,6 +59,8 @@ class Plan:
 
     directory: str
     evaluator: Evaluator
+    # The directory without symbolic links; what is shown and recorded is the path as it was given.
+    real: str = ""
     is_pattern: bool = False
     regex_filter: str | None = None
     max_depth: int = 3
@@ -89,7 +91,7 @@ class Plan:
     @property
     def id(self) -> str:
         """The same directory and evaluator's name are the same watch, whatever its other flags."""
-        return digest(self.directory, self.evaluator.name)[:16]
+        return digest(self.real or self.directory, self.evaluator.name)[:16]
 
     @property
     def root(self) -> str:

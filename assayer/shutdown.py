@@ -21,7 +21,7 @@ from assayer.queues.board import Board
 from assayer.queues.connect import Target, open_running, target
 from assayer.queues.embedded import Server, other_hosts
 from assayer.queues.enqueue import open_queue
-from assayer.queues.recover import is_ours, our_workers, remove_waiting
+from assayer.queues.recover import is_dead, is_ours, our_workers, remove_waiting, return_jobs
 from assayer.queues.stop import order_to_stop
 from assayer.worker.launch import Crew
 from assayer.worker.supervise import retire_redis
@@ -79,7 +79,11 @@ def main(
     for name in (watch_queue_name, eval_queue_name):
         count = remove_waiting(open_queue(connection, name))
         _say(f"queue {name}: took {_count(count, 'waiting job')} out")
-    _stop_workers(where, now)
+    try:
+        _stop_workers(where, now)
+    except BaseException:
+        Crew(state, chosen).release_redis()
+        raise
     if Crew(state, chosen).has_plans():
         return
     # What a worker that was ended at once had in its hands went back to the queue.
@@ -140,15 +144,19 @@ def _stop_workers(where: _Where, now: bool) -> None:
     queues = [where.watch_queue, where.eval_queue]
     crew = Crew(where.state, where.chosen)
     others = crew.has_plans()
-    names = {worker["name"] for worker in _workers(where)}
     if others:
-        crew.drop(set(queues))
+        queues = sorted(crew.drop(set(queues), how))
     else:
         crew.stop(how, keep_redis=True)
+    names = {worker["name"] for worker in _workers(where) if worker["queue"] in queues}
     order_to_stop(where.connection, queues, how)
     said = ""
     while True:
         standing = [worker for worker in _workers(where) if worker["name"] in names]
+        for worker in standing:
+            if is_dead(worker):
+                # Killed together with its supervisor: RQ itself would believe in it until its heartbeat runs out.
+                return_jobs(where.connection, worker["queue"], worker["name"], blame=True)
         if not standing and (others or not crew.is_staffed()):
             break
         if not others and crew.has_plans():

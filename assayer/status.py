@@ -1,8 +1,6 @@
 """What is queued, running, done and failed, and why a checkpoint is not ready: ``python -m assayer.status``."""
 
 import json
-import os
-import socket
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +21,7 @@ from assayer.queues.board import Board
 from assayer.queues.connect import Target, open_running, target
 from assayer.queues.embedded import Server, other_hosts
 from assayer.queues.enqueue import open_queue
-from assayer.queues.recover import our_workers
+from assayer.queues.recover import is_dead, our_workers
 from assayer.watch.show import BAD, Row, View, table_of
 from assayer.worker.launch import Crew
 from assayer.worker.supervise import retire_redis
@@ -134,21 +132,11 @@ def _workers(connection: Connection, queues: list[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for worker in our_workers(connection, queues):
         job = worker.pop("current_job")
-        if worker["hostname"] == socket.gethostname() and not _lives(int(worker["pid"])):
+        if is_dead(worker):
             worker["state"] = "dead"
         description = connection.hget(f"rq:job:{job}", "description") if job else None
         found.append({**worker, "job": description.decode(errors="replace") if description else None})
     return found
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _shown(told: dict[str, Any], limit: int | None = None) -> Group:

@@ -685,6 +685,51 @@ def test_worker_by_hand_takes_the_jobs_of_a_watch_without_workers(house: House) 
         assert process.wait(30) == 0
 
 
+def test_a_worker_by_hand_is_not_ended_by_the_watch_that_it_works_for(house: House) -> None:
+    words = ["--directory", house.runs, "--evaluator", f"{house.evaluator}:mean", "--polling_interval", 1]
+    with house.running("worker") as worker:
+        pids = until(lambda: house.workers("eval"))
+        with house.running("watch", *words) as watch:
+            until(lambda: house.workers("watch"))
+            house.save("model_step1.pt")
+            until(lambda: house.record("model_step1.pt"))
+            watch.send_signal(signal.SIGINT)
+            assert watch.wait(30) == 0
+        assert house.workers("eval") == pids
+        worker.send_signal(signal.SIGINT)
+        assert worker.wait(30) == 0
+    until(lambda: not house.processes())
+
+
+def test_a_shutdown_of_one_watch_queue_leaves_the_workers_that_another_needs(house: House) -> None:
+    (house.runs / "a").mkdir()
+    for name in ("a", "b"):
+        (house.runs / name).mkdir(exist_ok=True)
+        words = ["--directory", house.runs / name, "--evaluator", f"{house.evaluator}:mean", "--polling_interval", 1]
+        house.command("watch", *words, "--watch_queue_name", f"q{name}", "--detach")
+    until(lambda: house.workers("eval"))
+    house.shutdown("--now", "--watch_queue_name", "qa")
+    house.save("b/model_step1.pt")
+    until(lambda: house.record("b/model_step1.pt"))
+    house.shutdown("--watch_queue_name", "qb")
+    assert house.processes() == {}
+
+
+def test_one_directory_by_two_paths_is_one_watch(house: House) -> None:
+    (house.root / "link").symlink_to(house.runs)
+    house.watch()
+    house.command(
+        "watch", "--directory", house.root / "link", "--evaluator", f"{house.evaluator}:mean", "--detach", "--polling_interval", 1
+    )
+    assert [w["directory"] for w in house.status()["watches"]] == [str(house.root / "link")]
+    other = house.file("b.py", "def mean(p): return {}")
+    (house.runs / "sub").mkdir()
+    words = ["watch", "--directory", house.runs / "sub", "--evaluator", f"{other}:mean", "--detach"]
+    refused = house.command(*words, check=False)
+    assert refused.returncode == 2
+    assert "is watched with another evaluator called 'mean'" in refused.stderr
+
+
 def test_the_repository_is_not_needed_in_the_working_directory(house: House, tmp_path: Path) -> None:
     house.save("model_step1.pt")
     house.once(cwd=tmp_path)

@@ -5,6 +5,8 @@ RQ alone notices a dead worker when its heartbeat runs out; whoever started the 
 
 import contextlib
 import json
+import os
+import socket
 from collections.abc import Callable
 
 from redis.exceptions import WatchError
@@ -17,7 +19,7 @@ from rq.worker import BaseWorker
 from assayer.queues import Connection
 from assayer.queues.enqueue import PREFIX, open_queue
 
-__all__ = ["WORKER_PREFIX", "forget_worker", "our_workers", "remove_waiting", "return_jobs"]
+__all__ = ["WORKER_PREFIX", "forget_worker", "is_dead", "is_ours", "our_workers", "remove_waiting", "return_jobs"]
 
 # Names of our workers start with this; no other RQ user's do.
 WORKER_PREFIX = "assayer-"
@@ -93,6 +95,19 @@ def our_workers(connection: Connection, queue_names: list[str]) -> list[dict[str
                 kept = {k: facts.get(k, "") for k in ("state", "hostname", "pid", "gpus", "current_job")}
                 found.append({"name": name, "queue": queue_name, **kept})
     return found
+
+
+def is_dead(worker: dict[str, str]) -> bool:
+    """True for a worker (as ``our_workers`` tells it) of this very host whose process is gone."""
+    if worker["hostname"] != socket.gethostname() or not worker["pid"].isdigit():
+        return False
+    try:
+        os.kill(int(worker["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def remove_waiting(queue: Queue, only: Callable[[Job], bool] | None = None) -> int:

@@ -146,7 +146,7 @@ def main(
         if warning:
             errors.print(f"assayer: warning: {printable(warning)}", markup=False)
     common = _common(flags, cwd, now) | {"redis": chosen.name, "host": host_name(), "given": now, "detached": detach}
-    plans = [Plan(directory=d, is_pattern=p, evaluator=e, **common) for d, p in found for e in wanted]
+    plans = [Plan(directory=d, real=d if p else os.path.realpath(d), is_pattern=p, evaluator=e, **common) for d, p in found for e in wanted]
     store = PlanStore(state)
     for plan in plans:
         _refuse_another(plan, store)
@@ -165,18 +165,24 @@ def main(
     slots += evals
     crew = Crew(state, chosen)
     with Session(state, [plan.id for plan in plans]):
+        before = {plan.id: store.read(plan.id) for plan in plans}
         try:
             for plan in plans:
                 store.write(plan)
-            missing = crew.want(slots)
+            held = [slot for slot in slots if crew.is_held(slot)]
+            missing = [slot for slot in crew.want(slots) if slot not in held]
             connection = open_target(chosen, state)
             for plan in plans:
                 Board(connection, plan.watch_queue).put(plan)
             chain.hurry(connection, plans[0].watch_queue)
         except BaseException:
-            # A command that did not come to its end leaves no watch behind.
+            # A command that did not come to its end leaves no watch behind, and one that ran before it running.
             for plan in plans:
-                store.stop(plan.id, plan.given)
+                earlier = before[plan.id]
+                if earlier and earlier.active:
+                    store.write(earlier)
+                else:
+                    store.stop(plan.id, plan.given)
             raise
         for line in crew.conflicts(slots):
             errors.print(f"assayer: warning: {printable(line)}", markup=False)
@@ -298,12 +304,21 @@ def _value(text: str) -> Any:
 
 def _refuse_another(plan: Plan, store: PlanStore) -> None:
     """Refuses a second evaluator under a name that a running watch of this directory gives to another one."""
-    present = store.read(plan.id)
-    if present and present.active and str(present.evaluator.reference) != str(plan.evaluator.reference):
+    for present in store.all():
+        if not present.active or present.evaluator.name != plan.evaluator.name or not _overlap(present, plan):
+            continue
+        if str(present.evaluator.reference) == str(plan.evaluator.reference):
+            continue
         raise EvaluatorError(
-            f"{printable(plan.directory)} is watched with another evaluator called {plan.evaluator.name!r} "
+            f"{printable(present.directory)} is watched with another evaluator called {plan.evaluator.name!r} "
             f"({printable(str(present.evaluator.reference))}); give this one another name: --evaluator name=..."
         )
+
+
+def _overlap(one: Plan, other: Plan) -> bool:
+    """True when a checkpoint can belong to both watches, so that their records would lie in one place."""
+    a, b = (os.path.join(os.path.realpath(plan.root), "") for plan in (one, other))
+    return a.startswith(b) or b.startswith(a)
 
 
 def _with_baselines(plans: list[Plan], store: PlanStore, keep: bool, empty: bool, once: bool) -> list[Plan]:

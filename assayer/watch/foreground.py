@@ -51,7 +51,7 @@ class Foreground:
         if by_user:
             return False
         if not any(plan.ends for plan in self.plans):
-            self.events.say("the watch was ended by another command")
+            self.events.say("the watch was ended, or taken over, by another command")
         self.console.print(table_of(self.rows))
         return any(row.state in BAD for row in self.rows)
 
@@ -97,7 +97,7 @@ class Foreground:
     def _runs(self, plan: Plan) -> bool:
         """The disk decides: a plan that Redis has lost comes back, one that was stopped is marked."""
         stored = self._store.read(plan.id)
-        return stored is not None and stored.active
+        return stored is not None and stored.active and (stored.redis, stored.host) == (plan.redis, plan.host)
 
     def _end_by_user(self) -> None:
         """Ends this command's watches: those that no other foreground command stands for, and that were not detached."""

@@ -100,7 +100,9 @@ def _serve(board: Board, plan: Plan, look: Look, guards: dict[str, str | None]) 
         return
     changed = _publish(board, plan, states, keep_gone=look.missing)
     values: dict[str, object] = {"last": look.began, "problem": "; ".join(look.problems)}
-    waits = any(sight["state"] == "queued" for sight in states.values()) or (look.missing and _any_in_flight(board, plan))
+    # A directory that is away is waited for; with --once, what cannot be seen is not there.
+    away = look.missing and (not plan.once or _any_in_flight(board, plan))
+    waits = away or any(sight["state"] == "queued" for sight in states.values())
     if changed or waits:
         values["active_at"] = look.began
     board.note_tick(plan.id, **values)

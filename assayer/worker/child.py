@@ -32,6 +32,9 @@ GRACE = 5.0
 # Characters of a traceback that a record keeps, from its end.
 TRACEBACK_MAX = 4000
 
+# Descriptors of the worker's own that no child may carry on, such as the lock of its slot.
+kept_from_children: list[int] = []
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -199,6 +202,9 @@ def _child(function: Callable[[], Any], answer: int, output: int, parent: int) -
         # Where memory runs out the kernel takes this process, never a training run beside it.
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
+        for descriptor in kept_from_children:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.dup2(output, 1)
@@ -221,7 +227,9 @@ def _child(function: Callable[[], Any], answer: int, output: int, parent: int) -
             told = _told("out of memory" if out_of_memory else "exception", f"{name}: {error}" if str(error) else name, error)
         if "cause" in told:
             answered = json.dumps(told)
-            print(told.get("traceback") or told["message"], file=sys.stderr)
+            # The evaluator may have closed its own standard error.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                print(told.get("traceback") or told["message"], file=sys.stderr)
         # An evaluator that forked and let its own child return must not answer twice.
         if os.getpid() == me:
             os.write(answer, answered.encode())

@@ -128,14 +128,24 @@ class Crew:
 
     def is_staffed(self) -> bool:
         """True while the supervisor, or a worker that it should look after, lives."""
-        return self.is_supervised() or any(self.is_held(slot) for slot in self.wanted())
+        return self.is_supervised() or any(self.is_ours(slot) for slot in self.wanted())
+
+    def is_ours(self, slot: Slot) -> bool:
+        """True while a worker stands in this slot that a supervisor of this crew's started as a daemon; one by hand has its own master."""
+        facts = self.facts(slot)
+        ours = facts.get("daemon") and facts.get("redis") == self.target.name and facts.get("queue") == slot.queue
+        return bool(ours) and self.is_held(slot)
+
+    def facts(self, slot: Slot) -> dict[str, Any]:
+        """What is written of the worker that stands, or stood last, in this slot."""
+        return read_json(self.slots_folder / f"{slot.locks[0]}.json") or {}
 
     def conflicts(self, slots: list[Slot]) -> list[str]:
         """A sentence for each slot that serves another queue or another Redis, so that none of these workers can stand there."""
         queues = {slot.key: slot.queue for slot in self.wanted()}
         found = []
         for slot in slots:
-            facts = read_json(self.slots_folder / f"{slot.locks[0]}.json") or {}
+            facts = self.facts(slot)
             if queues.get(slot.key, slot.queue) != slot.queue:
                 found.append(f"{slot.label} already serves the queue {queues[slot.key]}: no worker for {slot.queue} stands there")
             elif self.is_held(slot) and facts.get("redis", self.target.name) != self.target.name:
@@ -146,10 +156,22 @@ class Crew:
         """True when whoever gave the order to stop still needs the embedded server."""
         return bool((read_json(self._wanted) or {}).get("keep_redis"))
 
-    def drop(self, queues: set[str]) -> None:
-        """Wants no workers on these queues any more; the supervisor ends them after the running evaluation."""
+    def drop(self, queues: set[str], how: str) -> set[str]:
+        """Wants no workers any more on those of these queues that no watch uses, and returns their names; ``how``: warm or now."""
         with locked(self.gate):
-            self._write([slot for slot in self.wanted() if slot.queue not in queues], self.order_to_stop())
+            plans = list(PlanStore(self.state).active(self.target.name))
+            free = queues - {queue for plan in plans for queue in (plan.watch_queue, plan.eval_queue)}
+            self._write([slot for slot in self.wanted() if slot.queue not in free], self.order_to_stop(), drop=how)
+        return free
+
+    def order_to_drop(self) -> str:
+        """How the workers that are no longer wanted are to end."""
+        return str((read_json(self._wanted) or {}).get("drop") or "warm")
+
+    def release_redis(self) -> None:
+        """Takes the word back that the embedded server is still needed: the shutdown that gave it was broken off."""
+        with locked(self.gate):
+            self._write(self.wanted(), self.order_to_stop())
 
     def dismiss(self) -> None:
         """Forgets what was wanted: the supervisor has ended the workers. Called with the gate held."""
@@ -174,8 +196,9 @@ class Crew:
     def has_plans(self) -> bool:
         return any(True for _ in PlanStore(self.state).active(self.target.name))
 
-    def _write(self, slots: list[Slot], stop: str | None, keep_redis: bool = False) -> None:
-        value = {"state": str(self.state), "url": self.target.url, "embedded": self.target.embedded, "stop": stop, "keep_redis": keep_redis}
+    def _write(self, slots: list[Slot], stop: str | None, keep_redis: bool = False, drop: str = "warm") -> None:
+        value = {"state": str(self.state), "url": self.target.url, "embedded": self.target.embedded, "drop": drop}
+        value |= {"stop": stop, "keep_redis": keep_redis}
         write_json(self._wanted, {**value, "slots": [asdict(slot) for slot in slots]}, 0o600)
 
 
@@ -234,7 +257,7 @@ def start_worker(crew: Crew, slot: Slot, daemon: bool, output: int | None) -> St
             stderr=output,
             start_new_session=True,
         )
-        said = {"name": name, "pid": process.pid, "queue": slot.queue, "redis": crew.target.name, "gpus": slot.gpus}
+        said = {"name": name, "pid": process.pid, "queue": slot.queue, "redis": crew.target.name, "daemon": daemon}
         for path in facts:
             write_json(path, said, 0o600)
         return Started(process, said, before)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from assayer.queues.connect import WORKER_RETRIES, connect
-from assayer.worker.child import die_with_parent
+from assayer.worker.child import die_with_parent, kept_from_children
 from assayer.worker.launch import ORDERS, Slot, revive_supervisor
 from assayer.worker.workers import EvalWorker, WatchWorker, preload
 
@@ -19,6 +19,7 @@ def main() -> None:
     # The locks are this process's life; programs that an evaluation starts must not carry them on.
     for descriptor in orders["locks"]:
         os.set_inheritable(descriptor, False)
+    kept_from_children.extend(orders["locks"])
     if orders["parent"]:
         die_with_parent(orders["parent"], signal.SIGTERM)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)

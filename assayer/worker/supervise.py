@@ -29,7 +29,7 @@ from assayer.queues.embedded import Server
 from assayer.queues.recover import return_jobs
 from assayer.queues.stop import stop_orders
 from assayer.session import held_plans
-from assayer.worker.child import become_reaper, end_descendants
+from assayer.worker.child import become_reaper, descendants, end_descendants
 from assayer.worker.launch import Crew, Slot, start_worker
 
 __all__ = ["Supervisor", "main", "retire_redis"]
@@ -123,7 +123,7 @@ class Supervisor:
             elif post.adopted is not None and not self.crew.is_held(slot):
                 self._bury(slot, post, "it was started by an earlier supervisor", now)
             # One that an earlier supervisor started is taken on also when all is to end: nobody else would end it.
-            if post.pid is None and now >= post.not_before and (not self.stopping or self.crew.is_held(slot)):
+            if post.pid is None and now >= post.not_before and (not self.stopping or self.crew.is_ours(slot)):
                 self._start(slot, post, now)
         if self.stopping:
             self._stop_workers()
@@ -132,13 +132,14 @@ class Supervisor:
         """Ends the worker of a slot that is no longer wanted, after its evaluation."""
         post = self.posts[key]
         gone = post.process.poll() is not None if post.process is not None else not self.crew.is_held(post.slot)
-        if post.pid is None or gone:
-            self.say(f"worker {post.name} ended; it is no longer wanted")
+        if post.pid is None:
             del self.posts[key]
-        elif not post.stopped_by_us:
+        elif gone:
             post.stopped_by_us = True
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(post.pid, signal.SIGTERM)
+            self._bury(post.slot, post, "", time.monotonic())
+            del self.posts[key]
+        else:
+            self._stop_worker(post, self.crew.order_to_drop())
 
     def _complain(self, text: str) -> None:
         if text != self._complaint:
@@ -157,7 +158,7 @@ class Supervisor:
                 self._return_jobs(slot, str(started.before["name"]), blame=True)
             post.process, post.name, post.started, post.stopped_by_us = started.process, name, now, False
             self.say(f"worker {name} started")
-        elif started.facts.get("redis") == self.crew.target.name and started.facts.get("queue") == slot.queue and self.daemon:
+        elif self.daemon and self.crew.is_ours(slot):
             post.adopted, post.name, post.started, post.stopped_by_us = started.facts.get("pid"), name, now, False
             self.say(f"worker {name} goes on")
         else:
@@ -247,10 +248,16 @@ class Supervisor:
 
     def _stop_workers(self) -> None:
         for post in self.posts.values():
-            if post.pid is not None and (self.stopping == "now" or not post.stopped_by_us):
-                post.stopped_by_us = True
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(post.pid, signal.SIGKILL if self.stopping == "now" else signal.SIGTERM)
+            self._stop_worker(post, self.stopping)
+
+    def _stop_worker(self, post: _Post, how: str | None) -> None:
+        if post.pid is None or (how != "now" and post.stopped_by_us):
+            return
+        post.stopped_by_us = True
+        # What an adopted worker leaves behind would not become ours: it ends with it.
+        for pid in [post.pid, *(descendants(post.pid) if how == "now" and post.adopted else [])]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if how == "now" else signal.SIGTERM)
 
     def _alive(self) -> bool:
         return any(post.pid is not None for post in self.posts.values())

@@ -73,6 +73,7 @@ def test_a_value_comes_back_and_output_lies_in_the_log(case: Case) -> None:
             "out of memory",
             "OutOfMemoryError: CUDA out of memory",
         ),
+        ("sys.stderr.close(); raise ValueError('true cause')", "exception", "ValueError: true cause"),
         ("return {1, 2}", "exception", "TypeError: Object of type set is not JSON serializable"),
     ],
 )
