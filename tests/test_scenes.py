@@ -717,11 +717,15 @@ def test_a_shutdown_of_one_watch_queue_leaves_the_workers_that_another_needs(hou
 
 def test_one_directory_by_two_paths_is_one_watch(house: House) -> None:
     (house.root / "link").symlink_to(house.runs)
+    house.save("model_step1.pt")
     house.watch()
     house.command(
         "watch", "--directory", house.root / "link", "--evaluator", f"{house.evaluator}:mean", "--detach", "--polling_interval", 1
     )
     assert [w["directory"] for w in house.status()["watches"]] == [str(house.root / "link")]
+    house.save("model_step2.pt")
+    until(lambda: house.record("model_step2.pt"))
+    assert house.record("model_step1.pt") is None, "its baseline is known by both paths"
     other = house.file("b.py", "def mean(p): return {}")
     (house.runs / "sub").mkdir()
     words = ["watch", "--directory", house.runs / "sub", "--evaluator", f"{other}:mean", "--detach"]

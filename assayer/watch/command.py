@@ -16,8 +16,8 @@ from rich.console import Console
 from assayer import cli, refs
 from assayer.errors import EvaluatorError, StateError, UsageError
 from assayer.files import printable
-from assayer.plan import Evaluator, Plan, PlanStore, host_name, state_directory
-from assayer.queues import chain
+from assayer.plan import Evaluator, Mark, Plan, PlanStore, host_name, state_directory
+from assayer.queues import Connection, chain
 from assayer.queues.board import Board
 from assayer.queues.connect import Target, open_target, target
 from assayer.session import Session
@@ -25,7 +25,7 @@ from assayer.watch.diff import baseline_of
 from assayer.watch.dry_run import show_dry_run
 from assayer.watch.foreground import Foreground
 from assayer.watch.look import Memory, in_thread, see
-from assayer.worker.launch import Crew, eval_slots, watch_slots
+from assayer.worker.launch import Crew, Slot, eval_slots, watch_slots
 
 __all__ = ["main"]
 
@@ -165,25 +165,7 @@ def main(
     slots += evals
     crew = Crew(state, chosen)
     with Session(state, [plan.id for plan in plans]):
-        before = {plan.id: store.read(plan.id) for plan in plans}
-        try:
-            for plan in plans:
-                store.write(plan)
-            held = [slot for slot in slots if crew.is_held(slot)]
-            missing = [slot for slot in crew.want(slots) if slot not in held]
-            connection = open_target(chosen, state)
-            for plan in plans:
-                Board(connection, plan.watch_queue).put(plan)
-            chain.hurry(connection, plans[0].watch_queue)
-        except BaseException:
-            # A command that did not come to its end leaves no watch behind, and one that ran before it running.
-            for plan in plans:
-                earlier = before[plan.id]
-                if earlier and earlier.active:
-                    store.write(earlier)
-                else:
-                    store.stop(plan.id, plan.given)
-            raise
+        connection, missing = _begin(plans, slots, crew)
         for line in crew.conflicts(slots):
             errors.print(f"assayer: warning: {printable(line)}", markup=False)
         _announce(plans, chosen, [slot.label for slot in missing], errors)
@@ -192,6 +174,33 @@ def main(
         ended_badly = Foreground(plans, connection, crew, console).run()
     if ended_badly:
         raise SystemExit(1)
+
+
+def _begin(plans: list[Plan], slots: list[Slot], crew: Crew) -> tuple[Connection, list[Slot]]:
+    """Writes the plans to disk, starts what is missing and publishes; returns a connection and the slots that get a worker now.
+
+    A command that does not come to its end leaves no watch behind, and one that ran before it running.
+    """
+    store = PlanStore(crew.state)
+    before = {plan.id: store.read(plan.id) for plan in plans}
+    try:
+        for plan in plans:
+            store.write(plan)
+        held = [slot for slot in slots if crew.is_held(slot)]
+        missing = [slot for slot in crew.want(slots) if slot not in held]
+        connection = open_target(crew.target, crew.state)
+        for plan in plans:
+            Board(connection, plan.watch_queue).put(plan)
+        chain.hurry(connection, plans[0].watch_queue)
+        return connection, missing
+    except BaseException:
+        for plan in plans:
+            earlier = before[plan.id]
+            if earlier and earlier.active:
+                store.write(earlier)
+            else:
+                store.stop(plan.id, plan.given)
+        raise
 
 
 def _check_flags(flags: dict[str, Any]) -> None:
@@ -332,7 +341,7 @@ def _with_baselines(plans: list[Plan], store: PlanStore, keep: bool, empty: bool
         if empty:
             plan = replace(plan, baseline={})
         elif present and keep:
-            plan = replace(plan, baseline=present.baseline)
+            plan = replace(plan, baseline=_below(plan.directory, present))
         elif not once:
             memory = memories.setdefault(plan.directory, Memory())
             seen = in_thread(lambda plan=plan, memory=memory: see(plan, memory, time.time()), LISTING_TIMEOUT)  # type: ignore[misc]
@@ -341,6 +350,13 @@ def _with_baselines(plans: list[Plan], store: PlanStore, keep: bool, empty: bool
             plan = replace(plan, baseline=baseline_of(seen[0]))
         done.append(plan)
     return done
+
+
+def _below(directory: str, earlier: Plan) -> dict[str, Mark]:
+    """The earlier plan's baseline, with its paths below ``directory``: the same one, perhaps by another path (a symbolic link)."""
+    if directory == earlier.directory or earlier.is_pattern:
+        return earlier.baseline
+    return {directory + path.removeprefix(earlier.directory): mark for path, mark in earlier.baseline.items()}
 
 
 def _announce(plans: list[Plan], chosen: Target, started: list[str], console: Console) -> None:
