@@ -119,11 +119,8 @@ class House:
 
     @property
     def server(self) -> Server:
-        """The embedded server as the commands of this house find it."""
-        server = Server(self.state)
-        facts = json.loads((server.folder / "server.json").read_text())
-        Server.socket = property(lambda _: Path(facts["socket"]))  # type: ignore[assignment, method-assign]
-        return server
+        """The embedded server of this house; while it runs, its socket is found where the commands have put it."""
+        return Server(self.state)
 
     def log(self) -> str:
         return "\n".join(path.read_text() for path in self.state.glob("workers/*/*/log"))
