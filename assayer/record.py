@@ -21,6 +21,9 @@ __all__ = ["OWN_FOLDERS", "STATUSES", "Place", "Record", "flatten", "now_utc"]
 SCHEMA = 1
 STATUSES = ("finished", "failed", "timeout", "superseded", "vanished", "skipped", "cancelled")
 
+# Metrics of one record that are shown outside of it; all of them are in the record.
+METRICS_SHOWN = 50
+
 # Folders that assayer makes beside checkpoints; no watch looks into them.
 OWN_FOLDERS = frozenset({"evals", "merged"})
 
@@ -61,6 +64,18 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def glance(self) -> dict[str, Any]:
+        """What boards and job results show of a record: its outcome in a few fields, and no more than ``METRICS_SHOWN`` metrics."""
+        return {
+            "status": self.status,
+            "metrics": dict(list(self.metrics.items())[:METRICS_SHOWN]),
+            "attempts": self.attempts,
+            "seconds": self.seconds.get("evaluate"),
+            "ended": self.ended_at,
+            "log": self.log,
+            "error": (self.error or {}).get("message"),
+        }
 
     @property
     def settles(self) -> bool:

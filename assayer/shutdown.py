@@ -62,17 +62,17 @@ def main(
     connection = open_running(chosen, state)
     if connection is None:
         store = PlanStore(state)
-        left = [plan for plan in store.active(chosen.name) if not directories]
-        for plan in left:
-            store.stop(plan.id)
-            _say(f"ended the watch of {plan.directory} with {plan.evaluator.name}")
+        for plan in store.active(chosen.name):
+            if not directories or _names(plan, directories):
+                store.stop(plan.id)
+                _say(f"ended the watch of {plan.directory} with {plan.evaluator.name}")
         for host in other_hosts(state):
             _say(f"an embedded Redis has data on host {host}: run assayer.shutdown there")
         _say("nothing is running")
         return
     where = _Where(connection, state, chosen, watch_queue_name, eval_queue_name)
     if directories:
-        _end_some(where, [os.path.abspath(os.path.expanduser(d)) for d in directories], now)
+        _end_some(where, directories, now)
         return
     _end_watches(where, _plans(where))
     chain.break_off(connection, watch_queue_name)
@@ -108,11 +108,16 @@ def _end_watches(where: _Where, plans: list[Plan]) -> None:
         _say(f"ended the watch of {plan.directory} with {plan.evaluator.name}")
 
 
-def _end_some(where: _Where, directories: list[str], now: bool) -> None:
-    plans = [plan for plan in _plans(where) if plan.directory in directories]
-    known = {plan.directory for plan in plans}
+def _names(plan: Plan, directories: tuple[str, ...]) -> bool:
+    """True when one of these words means the plan's directory, by whatever path, or its pattern."""
+    paths = [os.path.abspath(os.path.expanduser(d)) for d in directories]
+    return plan.directory in paths or (not plan.is_pattern and plan.real in map(os.path.realpath, paths))
+
+
+def _end_some(where: _Where, directories: tuple[str, ...], now: bool) -> None:
+    plans = [plan for plan in _plans(where) if _names(plan, directories)]
     for directory in directories:
-        if directory not in known:
+        if not any(_names(plan, (directory,)) for plan in plans):
             watched = ", ".join(sorted({printable(p.directory) for p in _plans(where)})) or "nothing"
             raise UsageError(f"{printable(directory)} is not watched; watched: {watched}")
     _end_watches(where, plans)

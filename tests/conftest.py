@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from assayer.plan import host_name
 from assayer.queues import Connection
 from assayer.queues.connect import connect
 from assayer.queues.embedded import Server
@@ -197,6 +196,3 @@ def connection() -> Iterator[Connection]:
         server.stop(work_left=False)
         tempfile.tempdir = before
         shutil.rmtree(root, ignore_errors=True)
-
-
-__all__ = ["House", "host_name", "until"]

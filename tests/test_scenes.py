@@ -727,11 +727,15 @@ def test_one_directory_by_two_paths_is_one_watch(house: House) -> None:
     until(lambda: house.record("model_step2.pt"))
     assert house.record("model_step1.pt") is None, "its baseline is known by both paths"
     other = house.file("b.py", "def mean(p): return {}")
+    (house.root / "elsewhere").mkdir()
+    house.command("watch", "--directory", f"{house.root}/elsew*", "--evaluator", f"{other}:mean", "--detach")
     (house.runs / "sub").mkdir()
     words = ["watch", "--directory", house.runs / "sub", "--evaluator", f"{other}:mean", "--detach"]
     refused = house.command(*words, check=False)
     assert refused.returncode == 2
     assert "is watched with another evaluator called 'mean'" in refused.stderr
+    said = house.shutdown("--directory", house.runs).stdout
+    assert f"ended the watch of {house.root / 'link'} with mean" in said
 
 
 def test_the_repository_is_not_needed_in_the_working_directory(house: House, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from assayer.session import Session
 from assayer.watch.diff import baseline_of
 from assayer.watch.dry_run import show_dry_run
 from assayer.watch.foreground import Foreground
-from assayer.watch.look import Memory, in_thread, see
+from assayer.watch.look import Memory, directories_of, in_thread, see
 from assayer.worker.launch import Crew, Slot, eval_slots, watch_slots
 
 __all__ = ["main"]
@@ -326,8 +327,8 @@ def _refuse_another(plan: Plan, store: PlanStore) -> None:
 
 def _overlap(one: Plan, other: Plan) -> bool:
     """True when a checkpoint can belong to both watches, so that their records would lie in one place."""
-    a, b = (os.path.join(os.path.realpath(plan.root), "") for plan in (one, other))
-    return a.startswith(b) or b.startswith(a)
+    ones, others = ([os.path.join(os.path.realpath(d), "") for d in directories_of(plan)] for plan in (one, other))
+    return one.id == other.id or any(a.startswith(b) or b.startswith(a) for a in ones for b in others)
 
 
 def _with_baselines(plans: list[Plan], store: PlanStore, keep: bool, empty: bool, once: bool) -> list[Plan]:
@@ -344,7 +345,7 @@ def _with_baselines(plans: list[Plan], store: PlanStore, keep: bool, empty: bool
             plan = replace(plan, baseline=_below(plan.directory, present))
         elif not once:
             memory = memories.setdefault(plan.directory, Memory())
-            seen = in_thread(lambda plan=plan, memory=memory: see(plan, memory, time.time()), LISTING_TIMEOUT)  # type: ignore[misc]
+            seen = in_thread(partial(see, plan, memory, time.time()), LISTING_TIMEOUT)
             if seen is None:
                 raise StateError(f"{printable(plan.directory)} was not listed within {LISTING_TIMEOUT} s; is its file system up?")
             plan = replace(plan, baseline=baseline_of(seen[0]))

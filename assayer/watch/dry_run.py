@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -29,7 +30,7 @@ def show_dry_run(plans: list[Plan], console: Console, chosen: Target, state: Pat
     rows: list[Row] = []
     code = 0
     for plan in plans:
-        seen = in_thread(lambda plan=plan: look(plan, Memory(), time.time(), time.time()), TIMEOUT)  # type: ignore[misc]
+        seen = in_thread(partial(look, plan, Memory(), time.time(), time.time()), TIMEOUT)
         if seen is None:
             console.print(f"{printable(plan.directory)} was not listed within {TIMEOUT} s", markup=False)
             code = 1

@@ -23,7 +23,8 @@ __all__ = ["BAD", "Events", "Row", "View", "detail_of", "rows_of", "table_of"]
 
 # States in which an evaluation did not come to metrics.
 BAD = ("failed", "timeout", "failing")
-# States that mean: nothing more will happen with this checkpoint.
+# States in which something is still to happen with a checkpoint.
+_ACTIVE = ("running", "queued", "writing", "failing")
 _COLOURS = {"finished": "green", "running": "cyan", "queued": "blue", "writing": "yellow"} | dict.fromkeys(BAD, "red")
 # Metrics that a line of the table shows.
 METRICS_SHOWN = 4
@@ -166,8 +167,8 @@ def table_of(rows: list[Row], title: str | None = None, limit: int | None = None
 
 
 def _most_telling(rows: list[Row], limit: int) -> list[Row]:
-    active = [row for row in rows if row.state in ("running", "queued", "writing", "failing")]
-    others = [row for row in rows if row not in active]
+    active = [row for row in rows if row.state in _ACTIVE]
+    others = [row for row in rows if row.state not in _ACTIVE]
     room = limit - min(len(others), max(min(SETTLED_SHOWN, limit // 2), limit - len(active)))
     chosen = {id(row) for row in [*active[:room], *others[room - limit :]]}
     return [row for row in rows if id(row) in chosen]

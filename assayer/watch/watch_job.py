@@ -29,8 +29,6 @@ PATIENCE = 2.0
 RETRY_LOOK = 1.0
 # Seconds after which a job that failed without a record (its results could not be written, say) is queued again.
 RETRY_PAUSE = 30.0
-# Metrics of each record that the board shows; all of them are in the record.
-METRICS_KEPT = 50
 
 _lookout = Lookout()
 _published: dict[str, dict[str, dict[str, Any]]] = {}
@@ -164,15 +162,8 @@ def _sight(plan: Plan, decision: Decision) -> dict[str, Any]:
         "identity": decision.seen.identity,
     }
     if record:
-        sight |= {
-            "state": record.status,
-            "metrics": dict(list(record.metrics.items())[:METRICS_KEPT]),
-            "attempts": record.attempts,
-            "seconds": record.seconds.get("evaluate"),
-            "ended": record.ended_at,
-            "log": record.log,
-            "error": (record.error or {}).get("message"),
-        }
+        glance = record.glance()
+        sight |= {"state": glance.pop("status"), **glance}
     return sight
 
 

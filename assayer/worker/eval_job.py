@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 # RQ's own count of retries never decides: an attempt counts only when the evaluator itself ended badly.
 _AGAIN = 1_000_000
-# Metrics that the job's result holds, for who looks into the queue; all of them are in the record.
-METRICS_KEPT = 50
 
 
 def evaluate(**arguments: Any) -> Any:
@@ -52,7 +50,7 @@ def _evaluate(job: Job, task: Task) -> Any:
     place = Place.of(task.checkpoint, task.evaluator.name, task.results_dir)
     present = place.find(task.identity)
     if present and present.settles and present.ended_at >= task.not_before:
-        return _summary(present)
+        return present.glance()
     _make_folder(place)
     kept = Record(**job.meta.pop("outcome")) if "outcome" in job.meta else None
     if kept and kept.ended_at >= task.not_before:
@@ -217,14 +215,4 @@ def _deliver(job: Job, place: Place, record: Record) -> dict[str, Any]:
     shown = " ".join(f"{name}={value:.6g}" for name, value in list(record.metrics.items())[:4] if value is not None)
     detail = shown or (record.error or {}).get("message", "")
     logger.info("<- %s %s %s %s", printable(os.path.basename(record.checkpoint)), record.evaluator["name"], record.status, detail)
-    return _summary(record)
-
-
-def _summary(record: Record) -> dict[str, Any]:
-    return {
-        "status": record.status,
-        "metrics": dict(list(record.metrics.items())[:METRICS_KEPT]),
-        "attempts": record.attempts,
-        "seconds": record.seconds.get("evaluate"),
-        "error": (record.error or {}).get("message"),
-    }
+    return record.glance()

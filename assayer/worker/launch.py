@@ -99,11 +99,12 @@ class Crew:
         return cls(Path(wanted["state"]), Target(wanted["url"], wanted["embedded"]))
 
     def wanted(self) -> list[Slot]:
-        return [Slot.from_json(slot) for slot in (read_json(self._wanted) or {}).get("slots", [])]
+        """The slots that commands have asked for."""
+        return [Slot.from_json(slot) for slot in self._orders().get("slots", [])]
 
     def order_to_stop(self) -> str | None:
         """``warm`` (after the running evaluation) or ``now`` when the workers are to end; else None."""
-        stop = (read_json(self._wanted) or {}).get("stop")
+        stop = self._orders().get("stop")
         return str(stop) if stop else None
 
     def want(self, slots: list[Slot]) -> list[Slot]:
@@ -154,7 +155,7 @@ class Crew:
 
     def keeps_redis(self) -> bool:
         """True when whoever gave the order to stop still needs the embedded server."""
-        return bool((read_json(self._wanted) or {}).get("keep_redis"))
+        return bool(self._orders().get("keep_redis"))
 
     def drop(self, queues: set[str], how: str) -> set[str]:
         """Wants no workers any more on those of these queues that no watch uses, and returns their names; ``how``: warm or now."""
@@ -166,7 +167,7 @@ class Crew:
 
     def order_to_drop(self) -> str:
         """How the workers that are no longer wanted are to end."""
-        return str((read_json(self._wanted) or {}).get("drop") or "warm")
+        return str(self._orders().get("drop") or "warm")
 
     def release_redis(self) -> None:
         """Takes the word back that the embedded server is still needed: the shutdown that gave it was broken off."""
@@ -195,6 +196,9 @@ class Crew:
 
     def has_plans(self) -> bool:
         return any(True for _ in PlanStore(self.state).active(self.target.name))
+
+    def _orders(self) -> dict[str, Any]:
+        return read_json(self._wanted) or {}
 
     def _write(self, slots: list[Slot], stop: str | None, keep_redis: bool = False, drop: str = "warm") -> None:
         value = {"state": str(self.state), "url": self.target.url, "embedded": self.target.embedded, "drop": drop}
