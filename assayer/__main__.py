@@ -9,6 +9,7 @@ from assayer import cli
 COMMANDS = {
     "watch": "assayer.watch.command",
     "worker": "assayer.worker.command",
+    "merge": "assayer.merge.command",
     "status": "assayer.status",
     "shutdown": "assayer.shutdown",
 }

@@ -1,6 +1,7 @@
 """The noun that is carried: a listing of names, the checkpoint that a format sees in it, and the identity of its weights."""
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from typing import Protocol
 
 from assayer.content import fingerprint
 from assayer.files import digest, natural_key
+from assayer.tensors import Tensor
 
-__all__ = ["Checkpoint", "Entry", "Format", "Listing", "Position", "entry_of", "identity", "list_path"]
+__all__ = ["Checkpoint", "Entry", "Format", "Found", "Listing", "Position", "entry_of", "identity", "list_files", "list_path"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What lies at ``path`` (absolute), without any file being opened: a file's one entry, or the files of a directory."""
+    """What lies at ``path`` (absolute), without any file being opened: a file's one entry, or the files of a directory.
+
+    Files of folders directly inside it are there too, as ``folder/name``: those of every folder that some format knows, and, once the
+    checkpoint's format is known, of that format's folders alone (``within``).
+    """
 
     path: str
     is_directory: bool
@@ -48,13 +54,34 @@ class Listing:
     def file(self, name: str) -> Path:
         return Path(self.path) / name if self.is_directory else Path(self.path)
 
+    def entry(self, name: str) -> Entry | None:
+        """The entry of this name, if it is there."""
+        return next((e for e in self.entries if e.name == name), None)
+
+    def within(self, folders: str) -> "Listing":
+        """Only the direct files, and those of the folders that this regular expression matches."""
+        kept = tuple(e for e in self.entries if "/" not in e.name or re.fullmatch(folders, e.name.partition("/")[0]))
+        return self if len(kept) == len(self.entries) else Listing(self.path, self.is_directory, kept)
+
+    def in_folder(self, folder: str) -> frozenset[str]:
+        """The names in one folder of it ("" for itself), without the folder's own."""
+        prefix = f"{folder}/" if folder else ""
+        return frozenset(
+            e.name.removeprefix(prefix) for e in self.entries if e.name.startswith(prefix) and "/" not in e.name[len(prefix) :]
+        )
+
+    def folders(self, pattern: str) -> list[str]:
+        """The folders with files that this regular expression matches, in natural order."""
+        found = {e.name.partition("/")[0] for e in self.entries if "/" in e.name}
+        return sorted((name for name in found if re.fullmatch(pattern, name)), key=natural_key)
+
     def signature(self) -> str:
         """A digest of names, sizes, times and inodes. Another one tells that something may have changed, never that it did."""
         return digest(*(f"{e.name}\0{e.size}\0{e.mtime_ns}\0{e.inode}" for e in sorted(self.entries, key=lambda e: e.name)))
 
 
-def list_path(path: str) -> Listing:
-    """The listing of one path as it is now; symbolic links inside a directory are left out.
+def list_path(path: str, folders: str = "") -> Listing:
+    """The listing of one path as it is now, with the files of those folders (a regular expression) in it; symbolic links are left out.
 
     Raises:
         OSError: it is gone or cannot be read.
@@ -62,9 +89,31 @@ def list_path(path: str) -> Listing:
     status = os.stat(path)
     if not stat.S_ISDIR(status.st_mode):
         return Listing(path, False, (entry_of(os.path.basename(path), status),))
-    with os.scandir(path) as found:
-        entries = [entry_of(e.name, e.stat(follow_symlinks=False)) for e in found if e.is_file(follow_symlinks=False)]
-    return Listing(path, True, tuple(sorted(entries, key=lambda entry: entry.name)))
+    entries, inside = list_files(path)
+    for name in inside:
+        if re.fullmatch(folders, name):
+            entries += list_files(os.path.join(path, name), f"{name}/")[0]
+    return Listing(path, True, tuple(entries))
+
+
+def list_files(path: str, prefix: str = "") -> tuple[list[Entry], list[str]]:
+    """The regular files directly in a directory (their names behind ``prefix``), and the names of the directories in it, both sorted.
+
+    Raises:
+        OSError: it is gone or cannot be read.
+    """
+    files, folders = [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(status.st_mode):
+                files.append(entry_of(prefix + entry.name, status))
+            elif stat.S_ISDIR(status.st_mode):
+                folders.append(entry.name)
+    return sorted(files, key=lambda e: e.name), sorted(folders)
 
 
 def entry_of(name: str, status: os.stat_result) -> Entry:
@@ -105,6 +154,14 @@ class Checkpoint:
         return (number is not None, number or 0, natural_key(self.path))
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint and the listing in which it was seen."""
+
+    checkpoint: Checkpoint
+    listing: Listing
+
+
 class Format(Protocol):
     """The questions that a module in ``formats/`` answers; it is found by being there.
 
@@ -114,6 +171,14 @@ class Format(Protocol):
     @property
     def REFINES(self) -> Sequence[str]:
         """Names of wider formats that also claim these listings; this one wins over them."""
+
+    @property
+    def FOLDERS(self) -> str:
+        """A regular expression of the folders inside it that belong to it; no other checkpoint is looked for in those."""
+
+    @property
+    def SHARDED(self) -> bool:
+        """True when no library loads it as it lies there: an evaluator gets it merged."""
 
     def claims(self, listing: Listing) -> bool:
         """True when this is a checkpoint of this format, finished or not; by names alone."""
@@ -128,7 +193,18 @@ class Format(Protocol):
         """Step, epoch and tokens, from the name or from what the trainer wrote beside the weights."""
 
     def weights(self, listing: Listing) -> Sequence[str]:
-        """Names of the files that hold the model's weights."""
+        """Names of the files that hold the model's weights, of every variant: what an evaluation needs, and the identity is read from."""
+
+    def variants(self, listing: Listing) -> Sequence[str]:
+        """Which weights it holds: ``regular``, and ``ema`` where a moving average lies beside them."""
+
+    def tensors(self, listing: Listing, variant: str) -> list[Tensor]:
+        """The model's tensors with the pieces of their bytes, by names without container; nothing is unpickled or read whole.
+
+        Raises:
+            CheckpointError: the files contradict each other, or hold what cannot be merged.
+            OSError: a file is gone or cannot be read.
+        """
 
 
 def identity(listing: Listing, weights: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from assayer.errors import StateError
 from assayer.files import digest, printable, private_directory, read_json, write_json
 from assayer.refs import Reference
 
-__all__ = ["Evaluator", "Mark", "Plan", "PlanStore", "host_name", "state_directory"]
+__all__ = ["Evaluator", "Mark", "Merging", "Plan", "PlanStore", "host_name", "state_directory"]
 
 
 def state_directory() -> Path:
@@ -46,6 +46,22 @@ class Evaluator:
 
 
 @dataclass(frozen=True)
+class Merging:
+    """How a sharded checkpoint reaches the evaluator: merged into a scratch directory, or with ``mode`` "never" as it lies there.
+
+    Paths are absolute; ``scratch_dir`` None stands for the worker's temporary directory, ``scratch_bytes`` None for no budget.
+    """
+
+    mode: str = "auto"
+    dtype: str = "keep"
+    hf_config: str | None = None
+    tokenizer: str | None = None
+    key_map: str | None = None
+    scratch_dir: str | None = None
+    scratch_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Mark:
     """How a checkpoint of the baseline is known again: by its listing's signature, or else by its weights' identity."""
 
@@ -59,6 +75,9 @@ class Plan:
 
     directory: str
     evaluator: Evaluator
+    # Which of a checkpoint's weights: regular, or ema.
+    weights: str = "regular"
+    merging: Merging = field(default_factory=Merging)
     # The directory without symbolic links; what is shown and recorded is the path as it was given.
     real: str = ""
     is_pattern: bool = False
@@ -90,8 +109,13 @@ class Plan:
 
     @property
     def id(self) -> str:
-        """The same directory and evaluator's name are the same watch, whatever its other flags."""
-        return digest(self.real or self.directory, self.evaluator.name)[:16]
+        """The same directory, evaluator's name and weights are the same watch, whatever its other flags."""
+        return digest(self.real or self.directory, self.label)[:16]
+
+    @property
+    def label(self) -> str:
+        """The evaluator's name as it is shown; of a moving average's weights with ``@ema``."""
+        return self.evaluator.name if self.weights == "regular" else f"{self.evaluator.name}@{self.weights}"
 
     @property
     def root(self) -> str:
@@ -109,7 +133,8 @@ class Plan:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Plan":
         baseline = {path: Mark(**mark) for path, mark in value["baseline"].items()}
-        return cls(**{**value, "evaluator": Evaluator.from_json(value["evaluator"]), "baseline": baseline})
+        merging = Merging(**value.get("merging", {}))
+        return cls(**{**value, "evaluator": Evaluator.from_json(value["evaluator"]), "merging": merging, "baseline": baseline})
 
 
 class PlanStore:

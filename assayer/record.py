@@ -16,7 +16,7 @@ from typing import Any
 from assayer.errors import AssayerError
 from assayer.files import digest, read_json, short_name, write_json
 
-__all__ = ["OWN_FOLDERS", "STATUSES", "Place", "Record", "flatten", "now_utc"]
+__all__ = ["OWN_FOLDERS", "STATUSES", "Place", "Record", "flatten", "now_utc", "run_folder"]
 
 SCHEMA = 1
 STATUSES = ("finished", "failed", "timeout", "superseded", "vanished", "skipped", "cancelled")
@@ -60,6 +60,8 @@ class Record:
     gpus: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     log: str | None = None
+    # What the evaluator got in the checkpoint's place (format, bytes, tensors, seconds, notes); None: the checkpoint itself.
+    merged: dict[str, Any] | None = None
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
@@ -119,6 +121,16 @@ def read(path: Path) -> Record | None:
     return None
 
 
+def run_folder(checkpoint: Path) -> Path:
+    """The folder beside whose checkpoints ours may stand.
+
+    accelerate counts whatever lies in ``checkpoints/`` as checkpoints and stops training over a name without a digit
+    (accelerator.py, save_state), so for ``checkpoints/checkpoint_N`` the folder is one level higher.
+    """
+    run = checkpoint.parent
+    return run.parent if run.name == "checkpoints" and re.fullmatch(r"checkpoint_\d+", checkpoint.name) else run
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the results of one checkpoint under one evaluator lie."""
@@ -132,21 +144,17 @@ class Place:
         return self.root.joinpath(*self.parts)
 
     @classmethod
-    def of(cls, checkpoint: str, evaluator: str, results_dir: str | None = None) -> "Place":
+    def of(cls, checkpoint: str, evaluator: str, results_dir: str | None = None, weights: str = "regular") -> "Place":
         """``<folder of the checkpoint>/evals/<evaluator>/``, or ``<results_dir>/<run name>-<digest of its path>/<evaluator>/``.
 
-        accelerate counts whatever lies in ``checkpoints/`` as checkpoints and stops training over a name without a digit
-        (accelerator.py, save_state), so for ``checkpoints/checkpoint_N`` the folder is one level higher.
+        What belongs to EMA weights is called ``<checkpoint>@ema``.
         """
         path = Path(checkpoint)
-        run = path.parent
-        if run.name == "checkpoints" and re.fullmatch(r"checkpoint_\d+", path.name):
-            run = run.parent
+        run = run_folder(path)
+        name = short_name(path.name + ("" if weights == "regular" else f"@{weights}"), _ROOM)
         if results_dir:
-            return cls(
-                Path(results_dir), (f"{short_name(run.name, _ROOM)}-{digest(str(run))[:8]}", evaluator), short_name(path.name, _ROOM)
-            )
-        return cls(run, ("evals", evaluator), short_name(path.name, _ROOM))
+            return cls(Path(results_dir), (f"{short_name(run.name, _ROOM)}-{digest(str(run))[:8]}", evaluator), name)
+        return cls(run, ("evals", evaluator), name)
 
     def make_folder(self) -> None:
         """Makes the folder of the results below the run's own (or ``results_dir``), which must be there: a directory that is away, such as

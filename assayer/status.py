@@ -101,7 +101,7 @@ def _plans(connection: Connection | None, state: Path, chosen: Target, queue: st
     """The plans that run, from Redis; and those of this host that are on disk alone: ended, or not published yet."""
     running = {p.id: p for p in Board(connection, queue).plans()} if connection is not None else {}
     stored = {p.id: p for p in PlanStore(state).all() if p.redis == chosen.name and p.watch_queue == queue}
-    return sorted({**stored, **running}.values(), key=lambda plan: (plan.directory, plan.evaluator.name))
+    return sorted({**stored, **running}.values(), key=lambda plan: (plan.directory, plan.label))
 
 
 def _watch(connection: Connection | None, plan: Plan) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _watch(connection: Connection | None, plan: Plan) -> dict[str, Any]:
     rows = View(connection).rows(plan) if connection is not None else []
     return {
         "directory": plan.directory,
-        "evaluator": plan.evaluator.name,
+        "evaluator": plan.label,
         "reference": str(plan.evaluator.reference),
         "state": "running" if active else "starting" if plan.active else "ended",
         "polling_interval": plan.polling_interval,

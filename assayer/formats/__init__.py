@@ -5,9 +5,9 @@ import pkgutil
 from functools import cache
 from types import MappingProxyType
 
-from assayer.checkpoint import Checkpoint, Format, Listing
+from assayer.checkpoint import Checkpoint, Format, Found, Listing, list_path
 
-__all__ = ["all_formats", "identify", "of"]
+__all__ = ["all_folders", "all_formats", "identify", "identify_path", "of"]
 
 
 @cache
@@ -24,11 +24,28 @@ def of(checkpoint: Checkpoint) -> Format:
     return all_formats()[checkpoint.format]
 
 
-def identify(listing: Listing) -> Checkpoint | None:
-    """The checkpoint that this listing is, by the narrowest format that claims it; None when no format does."""
+@cache
+def all_folders() -> str:
+    """A regular expression of the folders that some format counts as its own."""
+    return "|".join(f"(?:{form.FOLDERS})" for form in all_formats().values() if form.FOLDERS)
+
+
+def identify(listing: Listing) -> Found | None:
+    """The checkpoint that this listing is, by the narrowest format that claims it, with what belongs to it; None when no format does."""
     claiming = {name: form for name, form in all_formats().items() if form.claims(listing)}
     refined = {wider for form in claiming.values() for wider in form.REFINES}
     narrowest = sorted(claiming.keys() - refined)
     if not narrowest:
         return None
-    return Checkpoint(listing.path, narrowest[0], claiming[narrowest[0]].position(listing))
+    form = claiming[narrowest[0]]
+    own = listing.within(form.FOLDERS)
+    return Found(Checkpoint(listing.path, narrowest[0], form.position(own)), own)
+
+
+def identify_path(path: str) -> Found | None:
+    """The checkpoint that lies at this path (absolute); None when no format knows it.
+
+    Raises:
+        OSError: it is gone or cannot be read.
+    """
+    return identify(list_path(path, all_folders()))

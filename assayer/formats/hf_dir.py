@@ -6,13 +6,21 @@ transformers writes config.json first and trainer_state.json last, both in place
 
 import json
 import re
+from collections.abc import Sequence
 
 from assayer.checkpoint import Listing, Position
+from assayer.containers import model_names
 from assayer.content import incomplete
+from assayer.errors import CheckpointError
 from assayer.files import printable
 from assayer.formats import single_file
+from assayer.tensors import Tensor
+from assayer.torch_file import leaves, read_torch_file, whole_tensors
 
-REFINES: tuple[str, ...] = ()
+# With the gathered weights at hand, DeepSpeed's shards beside them, or those that were consolidated, are not needed.
+REFINES = ("deepspeed", "dcp_safetensors")
+FOLDERS = r"global_step\d+|sharded|optimizer_\d+"
+SHARDED = False
 
 STATE = "trainer_state.json"
 
@@ -54,9 +62,12 @@ def missing(listing: Listing) -> str | None:
             return f"{name} {problem}"
     if any(name.startswith("adapter_model.") for name in names) and "adapter_config.json" not in names:
         return "no adapter_config.json yet"
-    if STATE in names and _state(listing) is None:
-        return f"{STATE} is being written"
-    return None
+    return missing_state(listing)
+
+
+def missing_state(listing: Listing) -> str | None:
+    """Why the Trainer's own state is not whole yet, where there is one."""
+    return f"{STATE} is being written" if STATE in listing.names and _state(listing) is None else None
 
 
 def unmarked(listing: Listing) -> str | None:
@@ -82,6 +93,29 @@ def _count(value: object) -> int | None:
 
 def weights(listing: Listing) -> tuple[str, ...]:
     return tuple(sorted(name for name in listing.names if name in _WHOLE or _SHARD.fullmatch(name)))
+
+
+def variants(listing: Listing) -> tuple[str, ...]:
+    return ("regular",)
+
+
+def tensors(listing: Listing, variant: str) -> list[Tensor]:
+    names = weights(listing)
+    # Where both kinds lie there, transformers takes safetensors.
+    kept = [name for name in names if name.endswith(".safetensors")]
+    found = [t for name in kept for t in single_file.safetensors_in(listing, name)] if kept else read_torch(listing, names)
+    if len({tensor.name for tensor in found}) < len(found):
+        raise CheckpointError(f"{printable(listing.path)} holds a tensor of one name in two files")
+    return found
+
+
+def read_torch(listing: Listing, names: Sequence[str]) -> list[Tensor]:
+    """The tensors of ``torch.save`` files that hold parts of one state dict, or all of it."""
+    found = []
+    for name in names:
+        file = read_torch_file(listing.file(name), name)
+        found += whole_tensors(file, model_names([path for path, _ in leaves(file.tree)]))
+    return found
 
 
 def _shards_in(listing: Listing, index: str) -> set[str] | None:

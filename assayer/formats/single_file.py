@@ -9,9 +9,15 @@ import os
 import re
 
 from assayer.checkpoint import Listing, Position
+from assayer.containers import model_names
 from assayer.content import incomplete, is_legacy
+from assayer.safetensors_file import read_header
+from assayer.tensors import Piece, Tensor
+from assayer.torch_file import leaves, read_torch_file, whole_tensors
 
 REFINES: tuple[str, ...] = ()
+FOLDERS = ""
+SHARDED = False
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
@@ -48,6 +54,27 @@ def position(listing: Listing) -> Position:
 
 def weights(listing: Listing) -> tuple[str, ...]:
     return (listing.name,)
+
+
+def variants(listing: Listing) -> tuple[str, ...]:
+    return ("regular",)
+
+
+def tensors(listing: Listing, variant: str) -> list[Tensor]:
+    if listing.name.endswith(".safetensors"):
+        return safetensors_in(listing, listing.name)
+    file = read_torch_file(listing.file(listing.name), listing.name)
+    return whole_tensors(file, model_names([path for path, _ in leaves(file.tree)], variant))
+
+
+def safetensors_in(listing: Listing, name: str) -> list[Tensor]:
+    """The tensors of one safetensors file of the listing."""
+    spans, _ = read_header(listing.file(name))
+    found = []
+    for key, span in spans.items():
+        pieces = [] if 0 in span.shape else [Piece(name, (0,) * len(span.shape), span.shape, span.start)]
+        found.append(Tensor(key, span.dtype, span.shape, pieces))
+    return found
 
 
 def position_in(stem: str) -> Position:

@@ -15,9 +15,13 @@ import click
 from rich.console import Console
 
 from assayer import cli, refs
+from assayer.containers import VARIANTS
 from assayer.errors import EvaluatorError, StateError, UsageError
 from assayer.files import printable
-from assayer.plan import Evaluator, Mark, Plan, PlanStore, host_name, state_directory
+from assayer.merge.command import merge_options
+from assayer.merge.names import KEY_MAPS, key_map
+from assayer.merge.run import size_in_bytes
+from assayer.plan import Evaluator, Mark, Merging, Plan, PlanStore, host_name, state_directory
 from assayer.queues import Connection, chain
 from assayer.queues.board import Board
 from assayer.queues.connect import Target, open_target, target
@@ -118,6 +122,20 @@ LISTING_TIMEOUT = 120
 @click.option("--until_file", metavar="PATH", help="End when this file exists: evaluate what is left, then free the GPUs.")
 @click.option("--detach", is_flag=True, help="Return as soon as the watch runs; end it with assayer.shutdown.")
 @click.option("--dry_run", is_flag=True, help="Say for each checkpoint what would be done, and why not; change nothing.")
+@click.option(
+    "--weights", type=click.Choice([*VARIANTS, "both"]), default="regular", help="Which weights of a checkpoint; both: two records."
+)
+@click.option(
+    "--merge",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    help="Merge sharded checkpoints for the evaluator, or hand them over raw.",
+)
+@merge_options
+@click.option(
+    "--scratch_dir", metavar="DIR", help="Where merged checkpoints lie while they are evaluated.  [default: the workers' $TMPDIR]"
+)
+@click.option("--scratch_bytes", metavar="SIZE", help="How much they may take there, such as 200GB.  [default: what the disk holds]")
 @cli.redis_options
 def main(
     directories: tuple[str, ...],
@@ -147,7 +165,15 @@ def main(
         if warning:
             errors.print(f"assayer: warning: {printable(warning)}", markup=False)
     common = _common(flags, cwd, now) | {"redis": chosen.name, "host": host_name(), "given": now, "detached": detach}
-    plans = [Plan(directory=d, real=d if p else os.path.realpath(d), is_pattern=p, evaluator=e, **common) for d, p in found for e in wanted]
+    variants = VARIANTS if flags["weights"] == "both" else (str(flags["weights"]),)
+    plans = [
+        Plan(
+            directory=d, real=d if p else os.path.realpath(d), is_pattern=p, evaluator=e, weights=w, merging=_merging(flags, cwd), **common
+        )
+        for d, p in found
+        for e in wanted
+        for w in variants
+    ]
     store = PlanStore(state)
     for plan in plans:
         _refuse_another(plan, store)
@@ -228,6 +254,26 @@ def _common(flags: dict[str, Any], cwd: Path, now: float) -> dict[str, Any]:
     fields["reevaluate_before"] = now if flags["reevaluate"] else None
     fields["retry_failed_before"] = now if flags["retry_failed"] else None
     return fields
+
+
+def _merging(flags: dict[str, Any], cwd: Path) -> Merging:
+    """How sharded checkpoints are merged, with absolute paths.
+
+    Raises:
+        UsageError: a path is not there, or a size is none.
+    """
+    found: dict[str, Any] = {
+        name: None if flags[name] is None else _absolute(flags[name], cwd) for name in ("hf_config", "tokenizer", "scratch_dir")
+    }
+    for name, path in found.items():
+        if path is not None and not os.path.exists(path):
+            raise UsageError(f"--{name} {printable(path)} is not there; correct the path")
+    rules = flags["key_map"]
+    if rules is not None and rules not in KEY_MAPS:
+        rules = _absolute(rules, cwd)
+    key_map(rules)
+    size = None if flags["scratch_bytes"] is None else size_in_bytes(flags["scratch_bytes"])
+    return Merging(mode=flags["merge"], dtype=flags["dtype"], key_map=rules, scratch_bytes=size, **found)
 
 
 def _make_results_dir(path: Path) -> None:
@@ -366,6 +412,6 @@ def _announce(plans: list[Plan], chosen: Target, started: list[str], console: Co
         kept = f", {len(plan.baseline)} {there} there before" if plan.baseline else ""
         if plan.results_dir is None and not plan.is_pattern and os.path.isdir(plan.directory) and not os.access(plan.directory, os.W_OK):
             console.print(f"assayer: warning: {printable(plan.directory)} cannot be written: give a place with --results_dir", markup=False)
-        console.print(f"watching {printable(plan.directory)} with {plan.evaluator.name}{kept}", markup=False, highlight=False)
+        console.print(f"watching {printable(plan.directory)} with {plan.label}{kept}", markup=False, highlight=False)
     if started:
         console.print(f"starting workers: {', '.join(started)} ({chosen.name})", markup=False, highlight=False)

@@ -57,6 +57,8 @@ def _decide(plan: Plan, seen: Seen, record_of: Callable[[Seen], Record | None], 
         return Decision(seen, "writing", f"its record cannot be read: {error.strerror}")
     if record and _counts(plan, record):
         return Decision(seen, "done", _change(plan, record), record)
+    if plan.weights not in seen.variants:
+        return Decision(seen, "skipped", f"holds no {'EMA' if plan.weights == 'ema' else plan.weights} weights")
     number = seen.checkpoint.position.number
     if plan.every and number is not None and number % plan.every and not is_last:
         return Decision(seen, "skipped", f"{number:g} is not divisible by {plan.every}")

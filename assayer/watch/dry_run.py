@@ -64,7 +64,7 @@ def _row(plan: Plan, decision: Decision, in_flight: bool) -> Row:
     return Row(
         checkpoint.path,
         os.path.relpath(checkpoint.path, plan.root),
-        plan.evaluator.name,
+        plan.label,
         state,
         reason=decision.reason,
         step=checkpoint.position.step,

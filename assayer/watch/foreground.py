@@ -115,7 +115,7 @@ class Foreground:
                     Board(self.connection, plan.watch_queue).remove(plan)
                 except redis.RedisError:
                     self.events.say(f"{self.crew.target.name} does not answer; the watch is ended on disk")
-                self.events.say(f"ended the watch of {plan.directory} with {plan.evaluator.name}; the next one goes on where it stopped")
+                self.events.say(f"ended the watch of {plan.directory} with {plan.label}; the next one goes on where it stopped")
 
     def _leave(self) -> None:
         """Waits for the workers to end when nothing on this host needs them any more; one more signal ends a running evaluation, too."""

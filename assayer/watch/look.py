@@ -102,7 +102,7 @@ def _training_ended(plan: Plan, seen: list[Seen], idle_since: float, now: float)
 
 def _record(plan: Plan, seen: Seen, memory: Memory) -> Record | None:
     assert seen.identity is not None
-    place = Place.of(seen.checkpoint.path, plan.evaluator.name, plan.results_dir)
+    place = Place.of(seen.checkpoint.path, plan.evaluator.name, plan.results_dir, plan.weights)
     for path in (place.record, place.earlier(seen.identity)):
         try:
             status = os.stat(path)

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 
 from assayer import formats
-from assayer.checkpoint import Checkpoint, Listing, identity, list_path
+from assayer.checkpoint import Checkpoint, Found, Listing, identity, list_path
 from assayer.errors import CheckpointError
-from assayer.watch.scan import Found
 
 __all__ = ["Seen", "examine", "why_not"]
 
@@ -21,6 +20,7 @@ class Seen:
     missing: str | None = None
     unmarked: str | None = None
     identity: str | None = None
+    variants: tuple[str, ...] = ()
 
     @property
     def is_whole(self) -> bool:
@@ -70,9 +70,11 @@ def examine(found: Found, before: Seen | None, now: float, first_look: bool, qui
 
 def _with_identity(seen: Seen) -> Seen:
     try:
-        read = identity(seen.listing, formats.of(seen.checkpoint).weights(seen.listing))
+        form = formats.of(seen.checkpoint)
+        read = identity(seen.listing, form.weights(seen.listing))
+        variants = tuple(form.variants(seen.listing))
     except CheckpointError as error:
         return replace(seen, missing=str(error))
-    if list_path(seen.checkpoint.path).signature() != seen.signature:
+    if list_path(seen.checkpoint.path, formats.of(seen.checkpoint).FOLDERS).signature() != seen.signature:
         return replace(seen, missing="changed while it was read")
-    return replace(seen, identity=read)
+    return replace(seen, identity=read, variants=variants)

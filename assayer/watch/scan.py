@@ -1,19 +1,19 @@
 """From a directory to the checkpoints in it: names, sizes and times only; no file is opened but the markers that formats read."""
 
+import contextlib
 import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import translate
 from typing import Protocol
 
 from assayer import formats
-from assayer.checkpoint import Checkpoint, Entry, Listing, entry_of
+from assayer.checkpoint import Checkpoint, Found, Listing, list_files
 from assayer.files import printable
 from assayer.record import OWN_FOLDERS
 
-__all__ = ["Found", "Known", "Scan", "is_temporary", "scan"]
+__all__ = ["Known", "Scan", "is_temporary", "scan"]
 
 # Names under which trainers and copy programs keep what is not finished yet.
 TEMPORARY = (
@@ -21,14 +21,6 @@ TEMPORARY = (
     *("*-unfinished", "*.orbax-checkpoint-tmp-*", "*.lock", "*~", ".*"),
 )
 _TEMPORARY = re.compile("|".join(translate(pattern) for pattern in TEMPORARY))
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A checkpoint and the listing in which it was seen."""
-
-    checkpoint: Checkpoint
-    listing: Listing
 
 
 class Known(Protocol):
@@ -58,7 +50,8 @@ def scan(directory: str, max_depth: int, regex_filter: str | None = None, known:
     """The checkpoints in a directory and up to ``max_depth`` levels below it.
 
     Symbolic links below the directory are not followed: a link such as ``latest`` points at what is listed anyway. In a directory that
-    is a checkpoint itself, only directories are looked into: some trainers lay ``checkpoint-N`` beside a final export.
+    is a checkpoint itself, only directories that are no part of it are looked into: some trainers lay ``checkpoint-N`` beside a final
+    export.
 
     Args:
         directory: absolute path.
@@ -80,7 +73,7 @@ def scan(directory: str, max_depth: int, regex_filter: str | None = None, known:
 
 def _walk(path: str, depth: int, max_depth: int, known: Mapping[str, Known], found: list[Found], problems: list[str]) -> None:
     try:
-        files, folders = _list(path)
+        files, folders = list_files(path)
     except OSError as error:
         if depth == 0:
             raise
@@ -88,42 +81,32 @@ def _walk(path: str, depth: int, max_depth: int, known: Mapping[str, Known], fou
         if not isinstance(error, FileNotFoundError):
             problems.append(f"cannot read {printable(path)}: {error.strerror}")
         return
-    listing = Listing(path, True, tuple(files))
-    checkpoint = _identify(listing, known)
+    inside = list(files)
+    for name in folders:
+        if re.fullmatch(formats.all_folders(), name):
+            with contextlib.suppress(OSError):
+                inside += list_files(os.path.join(path, name), f"{name}/")[0]
+    checkpoint = _identify(Listing(path, True, tuple(inside)), known)
+    own = ""
     if checkpoint:
-        found.append(Found(checkpoint, listing))
+        found.append(checkpoint)
+        own = formats.of(checkpoint.checkpoint).FOLDERS
     elif depth < max_depth:
         for entry in files:
             if not is_temporary(entry.name):
-                alone = Listing(os.path.join(path, entry.name), False, (entry,))
-                single = _identify(alone, known)
+                single = _identify(Listing(os.path.join(path, entry.name), False, (entry,)), known)
                 if single:
-                    found.append(Found(single, alone))
+                    found.append(single)
     if depth < max_depth:
         for name in folders:
-            if name not in OWN_FOLDERS and not is_temporary(name):
+            if name not in OWN_FOLDERS and not is_temporary(name) and not (own and re.fullmatch(own, name)):
                 _walk(os.path.join(path, name), depth + 1, max_depth, known, found, problems)
 
 
-def _list(path: str) -> tuple[list[Entry], list[str]]:
-    files, folders = [], []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            try:
-                status = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            if stat.S_ISREG(status.st_mode):
-                files.append(entry_of(entry.name, status))
-            elif stat.S_ISDIR(status.st_mode):
-                folders.append(entry.name)
-    return sorted(files, key=lambda e: e.name), sorted(folders)
-
-
-def _identify(listing: Listing, known: Mapping[str, Known]) -> Checkpoint | None:
+def _identify(listing: Listing, known: Mapping[str, Known]) -> Found | None:
     before = known.get(listing.path)
     if before and before.listing == listing:
-        return before.checkpoint
+        return Found(before.checkpoint, before.listing)
     try:
         return formats.identify(listing)
     except OSError:

@@ -83,7 +83,7 @@ def rows_of(connection: Connection, plan: Plan, sights: dict[str, Any]) -> list[
         facts = {key: sight[key] for key in kept if key in sight} | live.get(path, {})
         name = os.path.relpath(path, plan.root)
         name = sight["name"] if name == "." else name
-        rows.append(Row(path, name, plan.evaluator.name, **facts))
+        rows.append(Row(path, name, plan.label, **facts))
     return sorted(rows, key=lambda r: ((r.step if r.step is not None else r.epoch) or 0, natural_key(r.path)))
 
 

@@ -9,6 +9,7 @@ from rq import get_current_job
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
+from assayer import formats
 from assayer.files import printable
 from assayer.plan import Plan, PlanStore, host_name, state_directory
 from assayer.queues import Connection, chain
@@ -67,7 +68,7 @@ def tick(queue: str, generation: int) -> None:
             raise
         except Exception as error:
             # A bug that one watch meets must not take the others with it.
-            logger.exception("the tick of %s with %s failed", printable(plan.directory), plan.evaluator.name)
+            logger.exception("the tick of %s with %s failed", printable(plan.directory), plan.label)
             board.note_tick(plan.id, problem=f"this tick failed: {type(error).__name__}: {error}")
     left = board.plans()
     if left:
@@ -93,7 +94,7 @@ def _serve(board: Board, plan: Plan, look: Look, guards: dict[str, str | None]) 
         if hindrance is not None:
             sight |= {"state": "failing", "reason": hindrance} if hindrance else {}
         elif enqueue(queue, task, {**guards, board.plan_key(plan.id): None}, at_front=plan.order == "newest"):
-            logger.info("-> %s %s queued", printable(decision.seen.checkpoint.name), plan.evaluator.name)
+            logger.info("-> %s %s queued", printable(decision.seen.checkpoint.name), plan.label)
     if not board.has(plan.id):
         return
     changed = _publish(board, plan, states, keep_gone=look.missing)
@@ -125,6 +126,9 @@ def task_of(plan: Plan, decision: Decision) -> Task:
         timeout=plan.timeout,
         retries=plan.retries,
         not_before=max(again, default=0.0),
+        weights=plan.weights,
+        merges=plan.merging.mode == "auto" and formats.of(checkpoint).SHARDED,
+        merging=plan.merging,
     )
 
 
@@ -193,7 +197,7 @@ def _any_in_flight(board: Board, plan: Plan) -> bool:
 
 
 def _end(board: Board, plan: Plan) -> None:
-    logger.info("<- watch of %s with %s has ended", printable(plan.directory), plan.evaluator.name)
+    logger.info("<- watch of %s with %s has ended", printable(plan.directory), plan.label)
     if plan.host == host_name():
         PlanStore(state_directory()).stop(plan.id, plan.given)
     board.remove(plan)

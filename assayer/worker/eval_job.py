@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import json
 import logging
 import os
 import platform
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from rq import Retry, get_current_job
@@ -18,13 +20,15 @@ from rq.timeouts import JobTimeoutException
 
 from assayer import formats, refs
 from assayer.checkpoint import identity, list_path
-from assayer.errors import CheckpointError, StateError
-from assayer.files import printable
+from assayer.errors import AssayerError, CheckpointError, StateError
+from assayer.files import printable, write_json
+from assayer.merge.run import Options, find_checkpoint, run
 from assayer.plan import host_name
-from assayer.queues.enqueue import LOST_MAX, Task
+from assayer.queues.enqueue import LOST_MAX, Task, is_merge_wanted
 from assayer.record import Place, Record, flatten, now_utc
 from assayer.worker import child
 from assayer.worker.environ import is_launcher_variable
+from assayer.worker.scratch import Scratch
 
 __all__ = ["evaluate"]
 
@@ -32,14 +36,23 @@ logger = logging.getLogger(__name__)
 
 # RQ's own count of retries never decides: an attempt counts only when the evaluator itself ended badly.
 _AGAIN = 1_000_000
+# The cause of an evaluation that did not begin, because its checkpoint cannot be merged.
+_REFUSED = "merge"
+# Beside a merged directory: what the merge came to.
+_FACTS = "merged.json"
 
 
 def evaluate(**arguments: Any) -> Any:
     """The eval job: its record's main fields, or RQ's order to try again. ``arguments`` are those of ``Task``."""
     job = get_current_job()
     assert job is not None
+    task = Task.from_json(arguments)
     try:
-        return _evaluate(job, Task.from_json(arguments))
+        value = _evaluate(job, task)
+        if task.merges and not isinstance(value, Retry):
+            is_merge_wanted(job.connection, task.merge_id, done=job.id)
+            _scratch(job, task).release(task.merge_id)
+        return value
     except BaseException:
         # RQ's retries are for lost workers: what raises here, such as a full disk, would raise again at once. The watch tries it later.
         job.retries_left = None
@@ -47,7 +60,7 @@ def evaluate(**arguments: Any) -> Any:
 
 
 def _evaluate(job: Job, task: Task) -> Any:
-    place = Place.of(task.checkpoint, task.evaluator.name, task.results_dir)
+    place = Place.of(task.checkpoint, task.evaluator.name, task.results_dir, task.weights)
     present = place.find(task.identity)
     if present and present.settles and present.ended_at >= task.not_before:
         return present.glance()
@@ -64,20 +77,98 @@ def _evaluate(job: Job, task: Task) -> Any:
     if gone:
         return _deliver(job, place, replace(base, status=gone.status, error=gone.error, ended=now_utc()))
     logger.info("-> %s %s running", printable(os.path.basename(task.checkpoint)), task.evaluator.name)
-    started = time.monotonic()
     base = replace(base, attempts=base.attempts + 1)
-    ending = _call(task, place, base)
-    seconds = {"evaluate": round(time.monotonic() - started, 3)}
+    scratch = _scratch(job, task) if task.merges else None
+    ending, base = _attempt(task, place, base, scratch)
     if ending.cause is None:
         metrics, notes = ending.value
-        return _finish(job, place, task, replace(base, status="finished", metrics=metrics, notes=notes, seconds=seconds, ended=now_utc()))
-    error = {"cause": ending.cause, "message": ending.message, "traceback": ending.traceback}
+        return _finish(job, place, task, replace(base, status="finished", metrics=metrics, notes=base.notes + notes, ended=now_utc()))
+    error: dict[str, Any] = {"cause": ending.cause, "message": ending.message, "traceback": ending.traceback}
+    if ending.cause == _REFUSED:
+        # No attempt changes what a checkpoint holds; but it may have been deleted, or saved again, while it was merged.
+        gone = _changed(task)
+        status, error = (gone.status, gone.error) if gone else ("failed", error)
+        return _deliver(job, place, replace(base, status=status, error=error, ended=now_utc()))
     if base.attempts <= task.retries:
         _keep(job, attempts=base.attempts, runs=0, error=error)
         logger.warning("<- %s attempt %d ended badly: %s", printable(os.path.basename(task.checkpoint)), base.attempts, ending.message)
         return Retry(max=_AGAIN)
     status = "timeout" if ending.cause == "timeout" else "failed"
-    return _deliver(job, place, replace(base, status=status, error=error, seconds=seconds, ended=now_utc()))
+    return _deliver(job, place, replace(base, status=status, error=error, ended=now_utc()))
+
+
+def _attempt(task: Task, place: Place, base: Record, scratch: Scratch | None) -> tuple[child.Ending, Record]:
+    """One try to evaluate, with the checkpoint merged first where that is needed; how it ended, and what the record gains by it."""
+    if scratch is None:
+        ending, seconds = _timed(lambda: _call(task, place, base, task.checkpoint))
+        return ending, replace(base, seconds={"evaluate": seconds})
+    began = time.monotonic()
+    try:
+        with scratch.lend(task.merge_id, os.path.basename(task.checkpoint), lambda path: _merge(task, place, base, scratch, path)) as (
+            path,
+            made,
+        ):
+            facts = json.loads((path.parent / _FACTS).read_text())
+            waited = round(time.monotonic() - began, 3)
+            merged = {**facts, "made_now": made}
+            base = replace(base, merged=merged, notes=facts["notes"], seconds={"merge": waited})
+            ending, seconds = _timed(lambda: _call(task, place, base, str(path)))
+            return ending, replace(base, seconds={"merge": waited, "evaluate": seconds})
+    except _Refused as error:
+        return error.ending, replace(base, seconds={"merge": round(time.monotonic() - began, 3)})
+    except OSError as error:
+        raise StateError(f"cannot use the scratch directory {printable(str(scratch.root))}: {error.strerror}") from None
+
+
+def _timed(function: Callable[[], child.Ending]) -> tuple[child.Ending, float]:
+    began = time.monotonic()
+    return function(), round(time.monotonic() - began, 3)
+
+
+class _Refused(Exception):
+    """The checkpoint cannot be merged; ``ending`` says why."""
+
+    def __init__(self, ending: child.Ending) -> None:
+        super().__init__(ending.message)
+        self.ending = ending
+
+
+def _scratch(job: Job, task: Task) -> Scratch:
+    """Where this job's merge lies."""
+    return Scratch(task.merging.scratch_dir, task.merging.scratch_bytes, lambda merge_id: is_merge_wanted(job.connection, merge_id))
+
+
+def _merge(task: Task, place: Place, base: Record, scratch: Scratch, path: Path) -> None:
+    """Merges in a child process, as an evaluator runs in one: what it imports, takes or breaks is gone with it."""
+    heading = f"merge of {printable(os.path.basename(task.checkpoint))}, attempt {base.attempts} on {base.host} at {now_utc()}"
+    ending = child.run(lambda: _merge_in_child(task, scratch, path), place.log, task.timeout, heading)
+    if ending.cause is not None:
+        raise _Refused(replace(ending, message=f"while it was merged: {ending.message}"))
+    if "away" in ending.value:
+        raise StateError(ending.value["away"])
+    if "refused" in ending.value:
+        raise _Refused(child.Ending(cause=_REFUSED, message=ending.value["refused"]))
+    write_json(path.parent / _FACTS, ending.value)
+
+
+def _merge_in_child(task: Task, scratch: Scratch, path: Path) -> dict[str, Any]:
+    how = task.merging
+    options = Options(
+        checkpoint_type=task.weights,
+        dtype=how.dtype,
+        hf_config=how.hf_config,
+        tokenizer=how.tokenizer,
+        key_map=how.key_map,
+        check_model=True,
+    )
+    try:
+        found = find_checkpoint(Path(task.checkpoint))
+        done = run(found, path, options, started=lambda wanted: scratch.reserve(task.merge_id, wanted), flush=False)
+    except StateError as error:
+        return {"away": str(error)}
+    except AssayerError as error:
+        return {"refused": str(error)}
+    return {"from": done.format, "bytes": done.weights, "tensors": done.tensors, "seconds": round(done.seconds, 3), "notes": done.notes}
 
 
 def _finish(job: Job, place: Place, task: Task, outcome: Record) -> dict[str, Any]:
@@ -106,30 +197,33 @@ def _changed(task: Task) -> _Gone | None:
     if form is None:
         raise StateError(f"this worker's assayer knows no checkpoint format {task.format!r}; install the version that the watch runs")
     try:
-        listing = list_path(task.checkpoint)
+        listing = list_path(task.checkpoint, form.FOLDERS)
+        missing = form.missing(listing)
+        if missing:
+            raise CheckpointError(f"{printable(task.checkpoint)}: {missing}")
         now = identity(listing, form.weights(listing))
     except FileNotFoundError:
         if not os.path.isdir(os.path.dirname(task.checkpoint)):
             raise StateError(f"{printable(os.path.dirname(task.checkpoint))} is not there; waiting for it") from None
         return _Gone("vanished", f"{printable(task.checkpoint)} was deleted before it could be evaluated")
     except CheckpointError as error:
-        return _Gone("superseded", f"{error}: it is being written again")
+        return _Gone("superseded", f"it is being written again ({error})")
     except OSError as error:
         raise StateError(f"cannot read {printable(task.checkpoint)}: {error.strerror}") from None
     return None if now == task.identity else _Gone("superseded", "the checkpoint's weights are no longer those that were queued")
 
 
-def _call(task: Task, place: Place, base: Record) -> child.Ending:
+def _call(task: Task, place: Place, base: Record, path: str) -> child.Ending:
     heading = f"{task.description}, attempt {base.attempts} on {base.host} at {base.started}"
     try:
-        return child.run(lambda: _in_child(task, place), place.log, task.timeout, heading)
+        return child.run(lambda: _in_child(task, place, path), place.log, task.timeout, heading)
     except JobTimeoutException:
         return child.Ending(cause="timeout", message=f"did not end within {task.timeout:g} s")
     except OSError as error:
         raise StateError(f"cannot write {printable(str(place.log))}: {error.strerror}") from None
 
 
-def _in_child(task: Task, place: Place) -> Any:
+def _in_child(task: Task, place: Place, path: str) -> Any:
     """Imports the evaluator and calls it, in the child's own process; returns what ``flatten`` makes of its metrics."""
     for name in [name for name in os.environ if is_launcher_variable(name)]:
         del os.environ[name]
@@ -145,7 +239,7 @@ def _in_child(task: Task, place: Place) -> Any:
     for name, value in offered.items():
         if name in list(named)[1:] and name not in keywords:
             keywords[name] = value()
-    return flatten(function(task.checkpoint, **keywords))
+    return flatten(function(path, **keywords))
 
 
 def _output(place: Place) -> str:
@@ -192,7 +286,7 @@ def _record(task: Task, place: Place, job: Job) -> Record:
         epoch=task.epoch,
         tokens=task.tokens,
         identity=task.identity,
-        weights="raw",
+        weights=task.weights,
         evaluator=evaluator,
         status="",
         attempts=job.meta.get("attempts", 0),

@@ -85,7 +85,7 @@ def peft_adapter(folder: Path) -> Path:
 
 SAMPLES: list[tuple[Callable[[Path], Path], str, Position, bool]] = [
     (torch_zip, "single_file", Position(step=5), True),
-    (torch_legacy, "single_file", Position(step=120, epoch=3), False),
+    (torch_legacy, "lightning_file", Position(step=120, epoch=3), False),
     (safetensors_file, "single_file", Position(step=70), True),
     (hf_export, "hf_dir", Position(), False),
     (hf_sharded, "hf_dir", Position(step=40, epoch=0.5, tokens=8192), True),
@@ -98,9 +98,9 @@ SAMPLES: list[tuple[Callable[[Path], Path], str, Position, bool]] = [
 def test_each_sample_is_known_whole_and_placed(
     tmp_path: Path, write: Callable[[Path], Path], name: str, position: Position, marked: bool
 ) -> None:
-    listing = list_path(str(write(tmp_path)))
-    checkpoint = formats.identify(listing)
-    assert checkpoint
+    found = formats.identify_path(str(write(tmp_path)))
+    assert found
+    checkpoint, listing = found.checkpoint, found.listing
     assert (checkpoint.format, checkpoint.position) == (name, position)
     form = formats.of(checkpoint)
     assert form.missing(listing) is None
@@ -115,7 +115,9 @@ def test_each_sample_is_known_whole_and_placed(
 def test_a_sample_whose_weights_are_cut_short_is_not_whole(tmp_path: Path, write: Callable[[Path], Path]) -> None:
     path = str(write(tmp_path))
     listing = list_path(path)
-    form = formats.of(formats.identify(listing))  # type: ignore[arg-type]
+    found = formats.identify(listing)
+    assert found
+    form = formats.of(found.checkpoint)
     for name in form.weights(listing):
         file = listing.file(name)
         whole = file.read_bytes()
@@ -127,7 +129,7 @@ def test_a_sample_whose_weights_are_cut_short_is_not_whole(tmp_path: Path, write
 
 def test_every_format_answers_every_question() -> None:
     for name, form in formats.all_formats().items():
-        for question in ("REFINES", "claims", "missing", "unmarked", "position", "weights"):
+        for question in ("REFINES", "FOLDERS", "SHARDED", "claims", "missing", "unmarked", "position", "weights", "variants", "tensors"):
             assert hasattr(form, question), f"{name} does not answer {question}"
         assert set(form.REFINES) <= set(formats.all_formats())
 
@@ -170,9 +172,9 @@ def test_an_adapter_without_its_config_is_not_whole(tmp_path: Path) -> None:
 def test_what_a_damaged_trainer_state_holds_is_no_position(tmp_path: Path, text: str) -> None:
     path = hf_sharded(tmp_path)
     (path / "trainer_state.json").write_text(text)
-    checkpoint = formats.identify(list_path(str(path)))
-    assert checkpoint
-    assert checkpoint.position == Position(step=40)
+    found = formats.identify(list_path(str(path)))
+    assert found
+    assert found.checkpoint.position == Position(step=40)
 
 
 @pytest.mark.parametrize(
@@ -264,9 +266,9 @@ def test_while_transformers_saves_it_is_never_whole_too_early(tmp_path: Path) ->
             for path in tmp_path.glob("checkpoint-*"):
                 try:
                     listing = list_path(str(path))
-                    checkpoint = formats.identify(listing)
+                    found = formats.identify(listing)
                     form = formats.all_formats()["hf_dir"]
-                    if checkpoint is None or form.missing(listing) or form.unmarked(listing):
+                    if found is None or form.missing(listing) or form.unmarked(listing):
                         continue
                     read = identity(listing, form.weights(listing))
                 except OSError:

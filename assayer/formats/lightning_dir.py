@@ -1,0 +1,63 @@
+"""Lightning's and Fabric's sharded checkpoint: a directory, often called ``*.ckpt``, with a distributed checkpoint and ``meta.pt``.
+
+``meta.pt`` holds what is no tensor and is written after the shards (lightning/fabric/strategies/fsdp.py, model_parallel.py). The model
+lies under ``model`` or ``state_dict``, behind the attribute of the LightningModule that holds the network.
+"""
+
+from assayer.checkpoint import Listing, Position
+from assayer.errors import CheckpointError
+from assayer.formats import dcp, lightning_file, single_file
+from assayer.tensors import Tensor
+from assayer.torch_file import read_torch_file
+
+REFINES = ("dcp",)
+FOLDERS = ""
+SHARDED = True
+
+META = "meta.pt"
+
+variants = dcp.variants
+
+
+def claims(listing: Listing) -> bool:
+    return listing.is_directory and dcp.has_shards(listing, "") and (META in listing.names or listing.name.endswith(".ckpt"))
+
+
+def missing(listing: Listing) -> str | None:
+    reason = dcp.missing(listing)
+    if reason:
+        return reason
+    if META not in listing.names:
+        return f"no {META} yet"
+    try:
+        read_torch_file(listing.file(META), META)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def unmarked(listing: Listing) -> str | None:
+    return None
+
+
+def position(listing: Listing) -> Position:
+    named = single_file.position_in(listing.name.removesuffix(".ckpt"))
+    if named.number is not None or META not in listing.names:
+        return named
+    try:
+        tree = read_torch_file(listing.file(META), META).tree
+    except (CheckpointError, OSError):
+        return named
+    step, epoch = (tree.get(name) if isinstance(tree, dict) else None for name in ("global_step", "epoch"))
+    return Position(step=step if isinstance(step, int) else None, epoch=epoch if isinstance(epoch, int) else None)
+
+
+def weights(listing: Listing) -> tuple[str, ...]:
+    return dcp.weights(listing)
+
+
+def tensors(listing: Listing, variant: str) -> list[Tensor]:
+    tree = read_torch_file(listing.file(META), META).tree
+    found = dcp.tensors(listing, variant)
+    is_module = isinstance(tree, dict) and "pytorch-lightning_version" in tree
+    return lightning_file.without_attribute(found) if is_module else found

@@ -1,0 +1,57 @@
+"""Lightning's and NeMo's checkpoint in one file: ``epoch=E-step=S.ckpt``, ``last.ckpt``; the module's weights under ``state_dict``.
+
+Names there begin with the attribute of the LightningModule that holds the network (lightning/pytorch, ``dump_checkpoint``).
+"""
+
+from dataclasses import replace
+
+from assayer.checkpoint import Listing, Position
+from assayer.errors import CheckpointError
+from assayer.formats import single_file
+from assayer.tensors import Tensor
+from assayer.torch_file import read_torch_file
+
+REFINES = ("single_file",)
+FOLDERS = ""
+SHARDED = False
+
+missing = single_file.missing
+unmarked = single_file.unmarked
+weights = single_file.weights
+variants = single_file.variants
+
+
+def claims(listing: Listing) -> bool:
+    return single_file.claims(listing) and listing.name.endswith(".ckpt")
+
+
+def position(listing: Listing) -> Position:
+    """From the name; where that tells nothing (``last.ckpt``), from ``global_step`` and ``epoch`` inside."""
+    named = single_file.position(listing)
+    if named.number is not None:
+        return named
+    try:
+        tree = read_torch_file(listing.file(listing.name), listing.name).tree
+    except (CheckpointError, OSError):
+        return named
+    step, epoch = (tree.get(name) if isinstance(tree, dict) else None for name in ("global_step", "epoch"))
+    return Position(step=step if isinstance(step, int) else None, epoch=epoch if isinstance(epoch, int) else None)
+
+
+def tensors(listing: Listing, variant: str) -> list[Tensor]:
+    tree = read_torch_file(listing.file(listing.name), listing.name).tree
+    found = single_file.tensors(listing, variant)
+    is_module = isinstance(tree, dict) and "pytorch-lightning_version" in tree
+    return without_attribute(found) if is_module else found
+
+
+def without_attribute(found: list[Tensor]) -> list[Tensor]:
+    """The network's tensors by its own names, where one attribute of the LightningModule holds all of it.
+
+    Parameters and buffers of the LightningModule itself are no part of the network. With several such attributes nothing is left out.
+    """
+    first = {tensor.name.partition(".")[0] for tensor in found if "." in tensor.name}
+    if len(first) != 1:
+        return found
+    (word,) = first
+    return [replace(tensor, name=tensor.name.removeprefix(f"{word}.")) for tensor in found if "." in tensor.name]

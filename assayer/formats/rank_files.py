@@ -1,0 +1,134 @@
+"""One ``torch.save`` file of DTensors a rank, ``model_world_size_<W>_rank_<r>.pt``: LMMs-Engine (with EMA) and verl.
+
+LMMs-Engine lays them in ``checkpoint-<step>/pytorch_model_fsdp_0/`` and ``pytorch_ema_model_fsdp_0/``, which stays empty for good while the
+average is not kept, verl in ``global_step_<step>/actor/``, with ``fsdp_config.json``. No file is written behind all others: it is
+whole when all ranks' files are whole, in every folder that has some, and rank 0 has written its config.
+"""
+
+import re
+
+from assayer.checkpoint import Listing, Position
+from assayer.containers import model_names
+from assayer.content import incomplete
+from assayer.errors import CheckpointError
+from assayer.files import printable
+from assayer.formats import single_file
+from assayer.pickles import Local, Sharded, Unsupported
+from assayer.placement import box_of
+from assayer.tensors import Dtype, Piece, Tensor, cover, dtype_of, piece_of
+from assayer.torch_file import TorchFile, leaves, read_torch_file
+
+REFINES = ("accelerate_fsdp", "hf_dir", "accelerate")
+FOLDERS = r"pytorch_model_fsdp_\d+|pytorch_ema_model_fsdp_\d+|optimizer|extra_state|dataloader_state|actor|critic|huggingface"
+SHARDED = True
+
+_FILE = re.compile(r"((?:[^/]+/)?)(\w+)_world_size_(\d+)_rank_(\d+)\.pt")
+_REGULAR = re.compile(r"(?:(?:pytorch_model_fsdp_\d+|actor)/)?model_world_size_\d+_rank_\d+\.pt")
+_EMA = re.compile(r"pytorch_ema_model_fsdp_\d+/model_world_size_\d+_rank_\d+\.pt")
+_CONFIG = ("config.json", "fsdp_config.json", "actor/fsdp_config.json", "huggingface/config.json", "data.pt")
+
+
+def claims(listing: Listing) -> bool:
+    return listing.is_directory and any(_REGULAR.fullmatch(name) for name in listing.names)
+
+
+def missing(listing: Listing) -> str | None:
+    groups: dict[tuple[str, str], dict[int, str]] = {}
+    worlds: dict[tuple[str, str], set[int]] = {}
+    for name in listing.names:
+        found = _FILE.fullmatch(name)
+        if found:
+            groups.setdefault((found[1], found[2]), {})[int(found[4])] = name
+            worlds.setdefault((found[1], found[2]), set()).add(int(found[3]))
+    sizes = set().union(*worlds.values())
+    if len(sizes) > 1:
+        return f"holds the files of runs on {' and '.join(map(str, sorted(sizes)))} ranks"
+    (world,) = sizes
+    for (folder, kind), files in sorted(groups.items()):
+        absent = set(range(world)) - set(files)
+        if absent:
+            return f"no {folder}{kind}_world_size_{world}_rank_{min(absent)}.pt yet"
+    for name in weights(listing):
+        problem = incomplete(listing.file(name))
+        if problem:
+            return f"{name} {problem}"
+    return None
+
+
+def unmarked(listing: Listing) -> str | None:
+    return None if any(name in listing.names for name in _CONFIG) else "no config.json"
+
+
+def position(listing: Listing) -> Position:
+    found = single_file.position_in(listing.name)
+    if found.step is None and listing.name == "actor":
+        return single_file.position_in(listing.path.rstrip("/").split("/")[-2])
+    return found
+
+
+def weights(listing: Listing) -> tuple[str, ...]:
+    return tuple(sorted(name for name in listing.names if _REGULAR.fullmatch(name) or _EMA.fullmatch(name)))
+
+
+def variants(listing: Listing) -> tuple[str, ...]:
+    return ("regular", "ema") if any(_EMA.fullmatch(name) for name in listing.names) else ("regular",)
+
+
+def tensors(listing: Listing, variant: str) -> list[Tensor]:
+    pattern = _EMA if variant == "ema" else _REGULAR
+    files = [name for name in listing.names if pattern.fullmatch(name)]
+    if not files:
+        raise CheckpointError(f"{printable(listing.path)} holds no EMA weights")
+    return merged(listing, sorted(files, key=_rank), "regular")
+
+
+def _rank(name: str) -> int:
+    return int(re.findall(r"\d+", name)[-1])
+
+
+def merged(listing: Listing, files: list[str], variant: str) -> list[Tensor]:
+    """The tensors that the ranks' files make up, in the order of ranks.
+
+    Raises:
+        CheckpointError: a part is missing, or the ranks contradict each other.
+        OSError: a file cannot be read.
+    """
+    found: dict[str, Tensor] = {}
+    for name in files:
+        file = read_torch_file(listing.file(name), name)
+        held = dict(leaves(file.tree))
+        for path, key in model_names(held, variant).items():
+            _add(found, key, held[path], file)
+    for tensor in found.values():
+        cover(tensor)
+    return list(found.values())
+
+
+def _add(found: dict[str, Tensor], key: str, leaf: Local | Sharded | Unsupported, file: TorchFile) -> None:
+    if isinstance(leaf, Unsupported):
+        raise CheckpointError(f"{printable(file.name)} holds {printable(key)} as {printable(leaf.kind)}, which is not merged")
+    local = leaf.local if isinstance(leaf, Sharded) else leaf
+    if local is None:
+        return
+    dtype = dtype_of(local.dtype, key)
+    shape = leaf.shape if isinstance(leaf, Sharded) else leaf.size
+    tensor = found.setdefault(key, Tensor(key, dtype, shape, []))
+    if tensor.shape != shape or tensor.dtype is not dtype:
+        told = f"{dtype.torch} {list(shape)}, another rank as {tensor.dtype.torch} {list(tensor.shape)}"
+        raise CheckpointError(f"{printable(file.name)} holds {printable(key)} as {told}")
+    tensor.pieces = [*tensor.pieces, *_pieces(key, leaf, local, shape, dtype, file)]
+
+
+def _pieces(key: str, leaf: Local | Sharded, local: Local, shape: tuple[int, ...], dtype: Dtype, file: TorchFile) -> list[Piece]:
+    if not isinstance(leaf, Sharded):
+        box = (0,) * len(shape), shape
+    else:
+        place = box_of(leaf.spec, shape, key)
+        if place is None:
+            return []
+        box = place
+    if 0 in box[1]:
+        return []
+    if local.size != box[1]:
+        raise CheckpointError(f"{printable(file.name)} holds {list(local.size)} of {printable(key)}, its placement says {list(box[1])}")
+    return [piece_of(file.name, local, file.records, *box, dtype)]

@@ -1,0 +1,93 @@
+"""Compares the names and shapes of weights with the model that a config describes, before a byte of them is copied.
+
+The model is built on the meta device, where it takes no memory; transformers' own loading says what it would miss, not know, or find in
+another shape, so that its renamings count. A model loaded with such a difference would have random weights.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from assayer.errors import CheckpointError, UsageError
+from assayer.files import printable
+from assayer.merge.names import Target
+
+__all__ = ["check_model"]
+
+_SHOWN = 5
+
+
+def check_model(wanted: Sequence[Target], config: dict[str, Any]) -> str | None:
+    """None when the weights are those of the model, or a sentence why that cannot be told (an architecture that transformers lacks).
+
+    Raises:
+        CheckpointError: weights are missing, unexpected or of another shape; it lists them.
+        UsageError: transformers is not installed.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            f"checking the weights against their model needs {error.name}: pip install 'assayer[hf]', or --no_check_model"
+        ) from None
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    names = config.get("architectures") or []
+    kind = getattr(transformers, names[0], None) if names else None
+    if kind is None:
+        return (
+            f"not checked against a model: transformers has no {printable(str(names[0]))}"
+            if names
+            else "not checked against a model: its config names no architecture"
+        )
+    try:
+        made = transformers.AutoConfig.for_model(**{**config, "model_type": config.get("model_type", "")})
+    except (ValueError, KeyError, TypeError) as error:
+        return f"not checked against a model: {printable(str(error))[:200]}"
+    state = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype.torch), device="meta") for t in wanted}
+    missing, unexpected, misshapen = _compare(torch, transformers, kind, made, state)
+    problems = [
+        f"{what} {len(found)} ({_some(found)})"
+        for what, found in (("misses", missing), ("does not know", unexpected), ("has in another shape", misshapen))
+        if found
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the model that config.json describes ({kind.__name__}) {', '.join(problems)} of the checkpoint's weights; "
+            "give its own config with --hf_config, or other names with --key_map"
+        )
+    return None
+
+
+def _compare(torch: Any, transformers: Any, kind: Any, config: Any, state: dict[str, Any]) -> tuple[list[str], list[str], list[str]]:
+    """Missing, unexpected and misshapen names."""
+    with torch.device("meta"):
+        model = kind(config)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    tied = _tied(model, config)
+    direct = {name: tuple(value.shape) for name, value in state.items()}
+    if (
+        direct.keys() - {n for n in direct if n.endswith("rotary_emb.inv_freq")} <= expected.keys()
+        and expected.keys() - tied <= direct.keys()
+    ):
+        return [], [], [f"{n} {list(direct[n])}, the model's is {list(s)}" for n, s in expected.items() if n in direct and direct[n] != s]
+    # By names of older files, which transformers renames and puts together while it loads.
+    _, told = kind.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta", dtype="auto"
+    )
+    misshapen = [f"{entry[0]} {list(entry[1])}, the model's is {list(entry[2])}" for entry in told.get("mismatched_keys", ())]
+    return sorted(told["missing_keys"]), sorted(told["unexpected_keys"]), sorted(misshapen)
+
+
+def _tied(model: Any, config: Any) -> set[str]:
+    """Names that need not be there, because the model fills them from others."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)):
+        return set()
+    return set(getattr(model, "_tied_weights_keys", None) or ())
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:_SHOWN])
+    return shown + (", ..." if len(names) > _SHOWN else "")

@@ -1,0 +1,280 @@
+"""Reads tensors from a checkpoint's files: open files, bytes by position, boxes put together from pieces, and CRC32s on the way."""
+
+import itertools
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from assayer.archive import Record
+from assayer.errors import CheckpointError
+from assayer.files import printable
+from assayer.tensors import Piece, Tensor, open_piece
+
+if TYPE_CHECKING:
+    from assayer.merge.casts import Array
+
+__all__ = ["BLOCK", "Assembly", "Crc", "Source", "boxes", "run_of"]
+
+# Bytes of one read. With larger ones the copy leaves the processor's cache.
+BLOCK = 512 << 10
+# Files that one thread holds open at a time.
+_OPEN_MAX = 32
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def run_of(space: tuple[int, ...], piece: Piece) -> int | None:
+    """The place (in elements) where a piece lies in one run in its tensor; None where it lies in several."""
+    sizes = piece.sizes
+    inner = len(space)
+    while inner > 0 and sizes[inner - 1] == space[inner - 1]:
+        inner -= 1
+    if any(n != 1 for n in sizes[: max(0, inner - 1)]):
+        return None
+    place, step = 0, 1
+    for begin, size in zip(reversed(piece.begin), reversed(space), strict=True):
+        place += begin * step
+        step *= size
+    return place
+
+
+def boxes(space: tuple[int, ...], element: int, room: int, multiple: int = 1) -> Iterator[Box]:
+    """Boxes of at most ``room`` bytes that make up the space in order; each lies in one run in it.
+
+    Args:
+        space: shape.
+        element: bytes of one element.
+        room: bytes.
+        multiple: of indices of the first dimension that stay together; then a box may be larger than ``room``.
+    """
+    if prod(space) == 0:
+        return
+    if not space:
+        yield (), ()
+        return
+    dim, inner = 0, prod(space[1:]) * element
+    while inner > room and dim < len(space) - 1 and multiple == 1:
+        dim += 1
+        inner = prod(space[dim + 1 :]) * element
+    rows = max(1, room // max(1, inner) // multiple) * multiple
+    rest = space[dim + 1 :]
+    for prefix in itertools.product(*(range(n) for n in space[:dim])):
+        for first in range(0, space[dim], rows):
+            yield (*prefix, first, *(0 for _ in rest)), (*(1 for _ in prefix), min(rows, space[dim] - first), *rest)
+
+
+class Crc:
+    """The CRC32 of one record while its bytes go by in order."""
+
+    def __init__(self, piece: Piece, tensor: str) -> None:
+        self.piece, self.tensor = piece, tensor
+        self.value = 0
+        self.position = piece.record.start if piece.record else 0
+
+    def add(self, data: "memoryview | bytes", position: int) -> None:
+        """Takes the bytes that lie at ``position``, when they follow those before; others are of no use to it."""
+        if position == self.position:
+            self.value = zlib.crc32(data, self.value)
+            self.position += len(data)
+
+    def finish(self, source: "Source", shared: bool) -> None:
+        """Reads what is left of the record, and compares; a record that several tensors share is looked at by itself.
+
+        Raises:
+            CheckpointError: the bytes are not those that were saved.
+        """
+        record = self.piece.record
+        if record is None or record.crc is None or shared:
+            return
+        source.check(self.piece.file, record, self.tensor, self.value, self.position)
+
+
+class Source:
+    """The files of one checkpoint, opened once a thread. ``shared`` are records that several pieces lie in."""
+
+    def __init__(self, root: str, is_directory: bool, verify: bool = True) -> None:
+        self._root, self._is_directory, self.verify = root, is_directory, verify
+        self._threads = threading.local()
+        self._all: list[int] = []
+        self._lock = threading.Lock()
+        self.shared: set[tuple[str, int]] = set()
+
+    def close(self) -> None:
+        """Closes what all threads have opened."""
+        with self._lock:
+            for descriptor in self._all:
+                os.close(descriptor)
+            self._all.clear()
+            self._threads = threading.local()
+
+    def path(self, file: str) -> Path:
+        return Path(self._root) / file if self._is_directory else Path(self._root)
+
+    def descriptor(self, file: str) -> int:
+        """An open descriptor of one of the checkpoint's files, of this thread's own.
+
+        Raises:
+            CheckpointError: it is gone or cannot be read.
+        """
+        if not hasattr(self._threads, "open"):
+            self._threads.open = OrderedDict()
+            self._threads.buffer = memoryview(bytearray(BLOCK))
+        held: OrderedDict[str, int] = self._threads.open
+        if file in held:
+            held.move_to_end(file)
+            return held[file]
+        try:
+            descriptor = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{printable(str(self.path(file)))} cannot be read: {error.strerror}") from None
+        with self._lock:
+            self._all.append(descriptor)
+            if len(held) >= _OPEN_MAX:
+                _, oldest = held.popitem(last=False)
+                self._all.remove(oldest)
+                os.close(oldest)
+        held[file] = descriptor
+        return descriptor
+
+    def blocks(self, file: str, start: int, length: int) -> Iterator[tuple[int, memoryview]]:
+        """The bytes from ``start`` on, block by block, in a buffer of this thread's that the next block overwrites.
+
+        Raises:
+            CheckpointError: the file ends before, or cannot be read.
+        """
+        descriptor = self.descriptor(file)
+        buffer: memoryview = self._threads.buffer
+        end = start + length
+        while start < end:
+            try:
+                count = os.preadv(descriptor, [buffer[: min(BLOCK, end - start)]], start)
+            except OSError as error:
+                raise CheckpointError(f"{printable(str(self.path(file)))} cannot be read at byte {start}: {error.strerror}") from None
+            if count == 0:
+                raise CheckpointError(f"{printable(str(self.path(file)))} ends at byte {start}, {end - start} bytes before it should")
+            yield start, buffer[:count]
+            start += count
+
+    def opened(self, piece: Piece, tensor: Tensor) -> Piece:
+        """A piece with the place of its bytes known; see ``tensors.open_piece``.
+
+        Raises:
+            CheckpointError: its archive is damaged or holds something else.
+        """
+        if not piece.archive:
+            return piece
+        try:
+            return open_piece(piece, tensor.dtype, self.descriptor(piece.file))
+        except CheckpointError as error:
+            where = f"{printable(str(self.path(piece.file)))} at byte {piece.start}, for {printable(tensor.name)},"
+            raise CheckpointError(f"{where} {error}") from None
+
+    def crc(self, piece: Piece, tensor: str) -> Crc | None:
+        """What checks the bytes of an opened piece as they go by; None when nothing is to be checked."""
+        return Crc(piece, tensor) if self.verify and piece.record and piece.record.crc is not None else None
+
+    def is_shared(self, piece: Piece) -> bool:
+        return piece.record is not None and (piece.file, piece.record.start) in self.shared
+
+    def check(self, file: str, record: Record, tensor: str, value: int = 0, position: int | None = None) -> None:
+        """Compares a record's CRC32, of which the bytes before ``position`` have the CRC ``value``.
+
+        Raises:
+            CheckpointError: the bytes are not those that were saved.
+        """
+        position = record.start if position is None else position
+        for _, data in self.blocks(file, position, record.start + record.length - position):
+            value = zlib.crc32(data, value)
+        if value != record.crc:
+            raise CheckpointError(
+                f"{printable(str(self.path(file)))} is damaged in the {record.length} bytes at byte {record.start}, which hold "
+                f"{printable(tensor)}: their CRC32 is {value:08x}, it was {record.crc:08x} when they were saved"
+            )
+
+    def local(self, piece: Piece, tensor: Tensor) -> "Array":
+        """A whole opened piece as raw elements in its shape; for one whose elements do not lie in a row."""
+        import numpy
+
+        from assayer.merge.casts import raw_type
+
+        stride = piece.stride or ()
+        count = sum((n - 1) * step for n, step in zip(piece.sizes, stride, strict=True)) + 1
+        data = bytearray(count * tensor.dtype.size)
+        view = memoryview(data)
+        crc = self.crc(piece, tensor.name)
+        for position, block in self.blocks(piece.file, piece.start, len(data)):
+            view[position - piece.start : position - piece.start + len(block)] = block
+            if crc:
+                crc.add(block, position)
+        if crc:
+            crc.finish(self, self.is_shared(piece))
+        flat = numpy.frombuffer(data, dtype=raw_type(tensor.dtype))
+        steps = tuple(step * tensor.dtype.size for step in stride)
+        return numpy.ascontiguousarray(numpy.lib.stride_tricks.as_strided(flat, piece.sizes, steps))
+
+
+class Assembly:
+    """One tensor, box by box in order, put together from its pieces."""
+
+    def __init__(self, source: Source, tensor: Tensor) -> None:
+        self._source, self._tensor = source, tensor
+        self._pieces = [source.opened(piece, tensor) for piece in tensor.pieces]
+        self._crcs = [source.crc(piece, tensor.name) if piece.stride is None else None for piece in self._pieces]
+        self._locals: dict[int, Array] = {}
+
+    def box(self, begin: tuple[int, ...], sizes: tuple[int, ...]) -> "Array":
+        """The raw elements of a box that lies in one run in the tensor (see ``boxes``)."""
+        import numpy
+
+        from assayer.merge.casts import raw_type
+
+        made = numpy.empty(sizes, dtype=raw_type(self._tensor.dtype))
+        for index, piece in enumerate(self._pieces):
+            low = tuple(map(max, begin, piece.begin))
+            high = tuple(min(b + n, p + m) for b, n, p, m in zip(begin, sizes, piece.begin, piece.sizes, strict=True))
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            where = tuple(slice(a - b, z - b) for a, z, b in zip(low, high, begin, strict=True))
+            made[where] = self._part(index, piece, low, high)
+        return made
+
+    def _part(self, index: int, piece: Piece, low: tuple[int, ...], high: tuple[int, ...]) -> "Array":
+        import numpy
+
+        from assayer.merge.casts import raw_type
+
+        inside = tuple(slice(a - p, z - p) for a, z, p in zip(low, high, piece.begin, strict=True))
+        if piece.stride is not None:
+            if index not in self._locals:
+                self._locals[index] = self._source.local(piece, self._tensor)
+            return self._locals[index][inside]
+        size = self._tensor.dtype.size
+        place, step = 0, 1
+        for part, extent in zip(reversed(inside), reversed(piece.sizes), strict=True):
+            place += part.start * step
+            step *= extent
+        shape = tuple(part.stop - part.start for part in inside)
+        data = bytearray(prod(shape) * size)
+        view = memoryview(data)
+        start = piece.start + place * size
+        crc = self._crcs[index]
+        for position, block in self._source.blocks(piece.file, start, len(data)):
+            view[position - start : position - start + len(block)] = block
+            if crc:
+                crc.add(block, position)
+        return numpy.frombuffer(data, dtype=raw_type(self._tensor.dtype)).reshape(shape)
+
+    def finish(self) -> None:
+        """Compares the CRC32s, once the last box has been read.
+
+        Raises:
+            CheckpointError: bytes are not those that were saved.
+        """
+        for piece, crc in zip(self._pieces, self._crcs, strict=True):
+            if crc:
+                crc.finish(self._source, self._source.is_shared(piece))

@@ -1,0 +1,398 @@
+"""What a pickle of torch's says, without running it: every class and function in it is replaced by an inert stand-in.
+
+Two kinds of pickle are read: the ``.metadata`` of a distributed checkpoint, whose classes are a closed list, and the ``data.pkl`` of a
+``torch.save`` archive, which names the tensors of a nested state dict. A name that is not known may stand for an object, which stays
+inert; the moment a pickle asks for such a name to be called, it is refused. Sources: torch/distributed/checkpoint/metadata.py
+(2.1 to 2.15), torch/_utils.py and torch/serialization.py (``_rebuild_*``, persistent ids), torch/distributed/tensor.
+"""
+
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO, ClassVar
+
+from assayer.errors import CheckpointError
+from assayer.files import printable
+
+__all__ = ["Inert", "Local", "Sharded", "Unsupported", "read_metadata", "read_objects", "read_tree"]
+
+
+class _Calls(type):
+    """The class of stand-ins: what a pickle calls must be on the list."""
+
+    known: bool
+    given: str
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if not cls.known:
+            raise CheckpointError(f"refers to {printable(cls.given)}, which is not on the list of allowed names; nothing was run")
+        return super().__call__(*args, **kwargs)
+
+
+class Inert(metaclass=_Calls):
+    """An object of a class that is not imported: ``args`` of its construction and ``state``, as the pickle gives them."""
+
+    __slots__ = ("args", "items", "state")
+    args: tuple[Any, ...]
+    items: dict[Any, Any] | None
+    state: Any
+    known = True
+    given = "object"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+        made = super().__new__(cls)
+        made.args, made.state, made.items = args, None, None
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items = {**(self.items or {}), key: value} if isinstance(key, str | int) else self.items
+
+    def append(self, value: Any) -> None:
+        """Lists and sets by another name keep nothing: no tensor that counts lies in one."""
+
+    extend = append
+    add = append
+
+    def field(self, name: str, default: Any = None) -> Any:
+        """One attribute of the object's state."""
+        # A class with slots gives a pair: its dictionary, and its slots.
+        state = self.state[1] if isinstance(self.state, tuple) and len(self.state) == 2 else self.state
+        return state.get(name, default) if isinstance(state, dict) else default
+
+    @property
+    def class_name(self) -> str:
+        """Module and name of the class that this object would be of."""
+        return type(self).given
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A tensor in this archive: the key of its storage, its dtype as torch names it, and offset, size and stride in elements."""
+
+    key: str
+    dtype: str
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    stored: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """One rank's share of a tensor of ``shape`` (None: it has none): ``spec`` is a DTensor's, or the metadata of a ShardedTensor's shard."""
+
+    local: Local | None
+    shape: tuple[int, ...]
+    spec: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A tensor of a kind whose bytes are not simply its elements, such as a quantized or a sparse one."""
+
+    kind: str
+
+
+class _Mapping(dict[Any, Any]):
+    """An OrderedDict; module state dicts carry an attribute (their versions), which is dropped."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Names of classes whose construction means nothing to a reader of tensors.
+_NEUTRAL = {
+    ("torch", "Size"): tuple,
+    ("torch", "device"): lambda *args: args,
+    ("torch.serialization", "_get_layout"): str,
+    ("collections", "OrderedDict"): _Mapping,
+    ("collections", "defaultdict"): lambda *args: _Mapping(),
+    ("collections", "Counter"): lambda *args: _Mapping(),
+    ("builtins", "set"): list,
+    ("builtins", "frozenset"): list,
+    ("builtins", "dict"): dict,
+    ("builtins", "list"): list,
+    ("builtins", "slice"): lambda *args: args,
+    ("builtins", "complex"): lambda *args: args,
+    ("builtins", "bytearray"): lambda *args: b"",
+    # How protocol 2 names a class inside a class: nothing is looked up.
+    ("builtins", "getattr"): lambda owner, name: _stand_in(getattr(owner, "given", "?"), str(name), known=False),
+    ("_codecs", "encode"): lambda text, *coding: text.encode("latin1"),
+    ("torch.serialization", "_maybe_decode_ascii"): str,
+}
+_NEUTRAL |= {("__builtin__", name): made for (module, name), made in list(_NEUTRAL.items()) if module == "builtins"}
+
+# Classes that may be constructed by a call; what they hold is kept inert.
+_CALLABLE = {
+    *(("pathlib", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path")),
+    *(("pathlib._local", name) for name in ("PosixPath", "PurePosixPath")),
+    *(("datetime", name) for name in ("datetime", "timedelta", "timezone", "date")),
+    *(("numpy", name) for name in ("dtype", "ndarray")),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    ("torch", "Generator"),
+    ("uuid", "UUID"),
+    ("copyreg", "_reconstructor"),
+    ("copy_reg", "_reconstructor"),
+    ("argparse", "Namespace"),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("torch.distributed._shard.metadata", "ShardMetadata"),
+    ("torch.distributed._shard.sharded_tensor.shard", "Shard"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.hf_storage", "SerializationFormat"),
+    ("torch.distributed.checkpoint._extension", "SerializationFormat"),
+    ("torch.distributed.remote_device", "_remote_device"),
+}
+
+_DTYPES = frozenset(
+    {
+        *(f"float{n}" for n in (64, 32, 16)),
+        "bfloat16",
+        *(f"float8_{kind}" for kind in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")),
+        *(f"{sign}int{n}" for sign in ("", "u") for n in (64, 32, 16, 8)),
+        "bool",
+        *(f"complex{n}" for n in (32, 64, 128)),
+        "float4_e2m1fn_x2",
+        *("quint8", "qint8", "qint32", "quint4x2", "quint2x4"),
+    }
+)
+_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "QUInt8Storage": "quint8",
+    "QInt8Storage": "qint8",
+    "QInt32Storage": "qint32",
+    "UntypedStorage": "uint8",
+}
+
+# Every class that a `.metadata` may hold, by its last name; OLMo-core and Megatron-Core write classes of their own.
+_METADATA = {
+    "Metadata": ("torch.distributed.checkpoint.metadata",),
+    "TensorStorageMetadata": ("torch.distributed.checkpoint.metadata",),
+    "BytesStorageMetadata": ("torch.distributed.checkpoint.metadata",),
+    "ChunkStorageMetadata": ("torch.distributed.checkpoint.metadata",),
+    "TensorProperties": ("torch.distributed.checkpoint.metadata", "torch.distributed._shard.sharded_tensor.metadata"),
+    "_MEM_FORMAT_ENCODING": ("torch.distributed.checkpoint.metadata",),
+    "MEM_FORMAT_ENCODING": ("torch.distributed._shard.sharded_tensor.metadata",),
+    "MetadataIndex": ("torch.distributed.checkpoint.metadata",),
+    "StorageMeta": ("torch.distributed.checkpoint.metadata",),
+    "_StorageInfo": ("torch.distributed.checkpoint.filesystem", "olmo_core.distributed.checkpoint.filesystem"),
+    # Megatron-Core leaves its plans in the metadata.
+    **dict.fromkeys(
+        ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"), ("torch.distributed.checkpoint.planner",)
+    ),
+    **dict.fromkeys(("MCoreMetadata", "MCoreSavePlan"), ("megatron.core.dist_checkpointing.strategies.torch",)),
+    "PosixPath": ("pathlib", "pathlib._local"),
+    "_get_layout": ("torch.serialization",),
+    "Size": ("torch",),
+    "OrderedDict": ("collections",),
+}
+
+
+def _stand_in(module: str, name: str, known: bool) -> _Calls:
+    return _Calls(name, (Inert,), {"known": known, "given": f"{module}.{name}", "__slots__": ()})
+
+
+class _MetadataReader(pickle.Unpickler):
+    """The closed list; implemented in C, so only to be used where memory is bounded from outside (a memo index can ask for gigabytes)."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._made: dict[tuple[str, str], Any] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _metadata_class(self._made, module, name)
+
+
+def _metadata_class(made: dict[tuple[str, str], Any], module: str, name: str) -> Any:
+    if module == "torch" and name in _DTYPES:
+        return name
+    if module not in _METADATA.get(name, ()):
+        raise CheckpointError(f"refers to {printable(f'{module}.{name}')}, which is not on the list of allowed names; nothing was run")
+    if (module, name) not in made:
+        made[module, name] = _NEUTRAL.get((module, name)) or _stand_in(module, name, known=True)
+    return made[module, name]
+
+
+class _PlainReader(pickle._Unpickler):
+    """Implemented in Python: takes memory in proportion to its input whatever the input says."""
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: function
+        for code, function in pickle._Unpickler.dispatch.items()
+        # A length alone makes this one allocate; torch never writes it. Extension codes name functions of this process.
+        if code not in (pickle.BYTEARRAY8[0], pickle.EXT1[0], pickle.EXT2[0], pickle.EXT4[0])
+    }
+
+    def __init__(self, file: "BinaryIO | _Bounded") -> None:
+        super().__init__(file, encoding="utf-8", errors="surrogateescape")
+        self.made: dict[tuple[str, str], Any] = {}
+
+
+class _PlainMetadataReader(_PlainReader):
+    def find_class(self, module: str, name: str) -> Any:
+        return _metadata_class(self.made, module, name)
+
+
+class _TreeReader(_PlainReader):
+    def find_class(self, module: str, name: str) -> Any:
+        key = (module, name)
+        if module == "torch" and name in _DTYPES:
+            return name
+        if name in _STORAGES and module in ("torch", "torch.storage", "torch.cuda"):
+            return _STORAGES[name]
+        if key not in self.made:
+            self.made[key] = _REBUILD.get(key) or _NEUTRAL.get(key) or _stand_in(module, name, known=key in _CALLABLE)
+        return self.made[key]
+
+    def persistent_load(self, saved: Any) -> tuple[str, str, int]:
+        """The storage's dtype, key and number of elements; of ("storage", type, key, location, number, ...)."""
+        if not (isinstance(saved, tuple) and len(saved) >= 5 and saved[0] == "storage"):
+            raise CheckpointError("has a pickle with a reference that is none of torch's")
+        if not (isinstance(saved[1], str) and isinstance(saved[4], int)):
+            raise CheckpointError("has a pickle with a storage that is none of torch's")
+        return saved[1], str(saved[2]), saved[4]
+
+
+def _rebuild_tensor(storage: tuple[str, str, int], offset: int, size: Any, stride: Any, *rest: Any) -> Local:
+    dtype, key, stored = storage
+    return _local(key, dtype, offset, size, stride, stored)
+
+
+def _rebuild_untyped(
+    storage: tuple[str, str, int], offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: str, *rest: Any
+) -> Local:
+    _, key, stored = storage
+    return _local(key, dtype, offset, size, stride, stored)
+
+
+def _local(key: str, dtype: object, offset: object, size: Any, stride: Any, stored: int) -> Local:
+    numbers = (offset, *size, *stride)
+    if not isinstance(dtype, str) or any(not isinstance(n, int) or n < 0 for n in numbers) or len(size) != len(stride):
+        raise CheckpointError("has a pickle with a tensor of impossible form")
+    assert isinstance(offset, int)
+    return Local(key, dtype, offset, tuple(size), tuple(stride), stored)
+
+
+def _rebuild_parameter(data: Any, *rest: Any) -> Any:
+    return data
+
+
+def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    name = getattr(kind, "given", "")
+    if name.rpartition(".")[2] == "DTensor" and name.startswith("torch.distributed"):
+        parts = state[1] if isinstance(state, tuple) else state
+        local, spec = parts.get("_local_tensor"), parts.get("_spec")
+        meta = spec.field("tensor_meta")
+        shape = meta.args[0] if isinstance(meta, Inert) and meta.args else meta.field("shape") if isinstance(meta, Inert) else None
+        if not isinstance(local, Local) or shape is None:
+            return Unsupported(f"DTensor of {getattr(local, 'kind', 'an unknown tensor')}")
+        return Sharded(local, tuple(shape), spec)
+    if name == "torch.distributed._shard.sharded_tensor.api.ShardedTensor":
+        return _rebuild_sharded_tensor(state)
+    if name in ("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch.Tensor", "torch._tensor.Tensor"):
+        return function(*args) if callable(function) else Unsupported(name)
+    return Unsupported(name or "a tensor subclass")
+
+
+def _rebuild_sharded_tensor(state: Any) -> "Sharded | Unsupported":
+    """What FSDP1 gives: a list of this rank's shards, and the metadata of all."""
+    shards, metadata = state[0], state[1]
+    size = metadata.field("size")
+    if not isinstance(size, tuple) or len(shards) > 1:
+        return Unsupported("a ShardedTensor of several shards a rank")
+    if not shards:
+        return Sharded(None, size, None)
+    local, told = shards[0].field("tensor"), shards[0].field("metadata")
+    return Sharded(local, size, told) if isinstance(local, Local) else Unsupported("a ShardedTensor of an unknown kind")
+
+
+def _unsupported(kind: str) -> Callable[..., Unsupported]:
+    return lambda *args: Unsupported(kind)
+
+
+_REBUILD: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_untyped,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+    ("torch._utils", "_rebuild_wrapper_subclass"): _unsupported("a wrapper subclass"),
+    ("torch._utils", "_rebuild_sparse_tensor"): _unsupported("a sparse tensor"),
+    ("torch._utils", "_rebuild_nested_tensor"): _unsupported("a nested tensor"),
+    ("torch._utils", "_rebuild_qtensor"): _unsupported("a quantized tensor"),
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"): _unsupported("a tensor on the meta device"),
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _unsupported("a tensor held by numpy"),
+    ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _rebuild_parameter,
+}
+
+
+class _Bounded:
+    """A file whose ``read`` never asks the system for more than the file can hold."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+
+    def read(self, length: int = -1) -> bytes:
+        return self._file.read(self._size if length < 0 else min(length, self._size))
+
+    def readline(self) -> bytes:
+        return self._file.readline(self._size)
+
+
+def read_tree(data: bytes) -> Any:
+    """The nested state dict of a ``data.pkl``: its tensors as ``Local``, ``Sharded`` or ``Unsupported``, other objects inert.
+
+    Raises:
+        CheckpointError: it is no pickle, or asks for a call of a name that is not on the list.
+    """
+    return _load(_TreeReader(io.BytesIO(data)))
+
+
+def read_objects(file: BinaryIO, size: int, count: int) -> list[Any]:
+    """The next ``count`` pickles of an open file of ``size`` bytes, as torch wrote them before 1.6; the file then stands behind them."""
+    return [_load(_TreeReader(_Bounded(file, size))) for _ in range(count)]
+
+
+def read_metadata(data: bytes, bounded: bool = False) -> Inert:
+    """The ``Metadata`` of a distributed checkpoint, with every class inert.
+
+    Args:
+        data: the pickle.
+        bounded: memory is limited from outside, so that the faster reader may be used.
+
+    Raises:
+        CheckpointError: it is no such pickle, or refers to a name that is not on the list.
+    """
+    found = _load((_MetadataReader if bounded else _PlainMetadataReader)(io.BytesIO(data)))
+    if not isinstance(found, Inert) or type(found).__name__ not in ("Metadata", "MCoreMetadata"):
+        raise CheckpointError("is no metadata of a distributed checkpoint")
+    return found
+
+
+def _load(reader: Any) -> Any:
+    try:
+        return reader.load()
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        # A damaged pickle can raise anything that Python can.
+        raise CheckpointError(f"holds a damaged pickle ({type(error).__name__}: {printable(str(error))[:120]})") from None
