@@ -33,30 +33,37 @@ def check_model(wanted: Sequence[Target], config: dict[str, Any]) -> str | None:
             f"checking the weights against their model needs {error.name}: pip install 'assayer[hf]', or --no_check_model"
         ) from None
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    names = config.get("architectures") or []
-    kind = getattr(transformers, names[0], None) if names else None
-    if kind is None:
-        return (
-            f"not checked against a model: transformers has no {printable(str(names[0]))}"
-            if names
-            else "not checked against a model: its config names no architecture"
-        )
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         made = transformers.AutoConfig.for_model(**{**config, "model_type": config.get("model_type", "")})
     except (ValueError, KeyError, TypeError) as error:
         return f"not checked against a model: {printable(str(error))[:200]}"
+    kind = _class_of(transformers, made)
+    if kind is None:
+        return f"not checked against a model: transformers has no {printable(', '.join(made.architectures or ()) or type(made).__name__)}"
     state = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype.torch), device="meta") for t in wanted}
     missing, unexpected, misshapen = _compare(torch, transformers, kind, made, state)
     problems = [
-        f"{what} {len(found)} ({_some(found)})"
-        for what, found in (("misses", missing), ("does not know", unexpected), ("has in another shape", misshapen))
+        f"{len(found)} {what} ({_some(found)})"
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
         if found
     ]
     if problems:
         raise CheckpointError(
-            f"the model that config.json describes ({kind.__name__}) {', '.join(problems)} of the checkpoint's weights; "
+            f"the weights are not those of the model that config.json describes ({kind.__name__}): {', '.join(problems)}; "
             "give its own config with --hf_config, or other names with --key_map"
         )
+    return None
+
+
+def _class_of(transformers: Any, config: Any) -> Any:
+    """The model's class: the architecture that the config names, else the one with a head that goes with its type."""
+    for name in config.architectures or ():
+        return getattr(transformers, name, None)
+    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel"):
+        kind = getattr(transformers, auto)._model_mapping.get(type(config), None)
+        if kind is not None:
+            return kind[0] if isinstance(kind, tuple) else kind
     return None
 
 
