@@ -27,12 +27,15 @@ _LEGACY_WHOLE = 64 << 20
 _LEGACY_STRIDE = 64 << 10
 # A pickle of protocol 2 and later starts with this byte; torch's own form before 1.6 is such a pickle.
 _PICKLE = b"\x80"
+# torch's distributed checkpoint puts one archive behind the other.
+_DISTRIBUTED = ".distcp"
 
 
 def incomplete(path: Path) -> str | None:
     """None when every byte of the file is there, as far as its form tells; else a sentence why not.
 
-    Known forms: safetensors (by suffix), zip (torch.save since 1.6), pickle (before; has no end mark, see ``is_legacy``).
+    Known forms: safetensors (by suffix), zip (torch.save since 1.6), pickle (before; has no end mark, see ``is_legacy``). Of a ``.distcp``
+    file only its metadata tells how long it must be.
 
     Raises:
         OSError: the file is gone or cannot be read.
@@ -41,6 +44,8 @@ def incomplete(path: Path) -> str | None:
         return _incomplete_safetensors(path)
     with path.open("rb") as file:
         start = file.read(4)
+    if path.suffix == _DISTRIBUTED and start:
+        return None
     if start == b"PK\x03\x04":
         return _incomplete_zip(path)
     if start[:1] == _PICKLE:
@@ -50,7 +55,7 @@ def incomplete(path: Path) -> str | None:
 
 def is_legacy(path: Path) -> bool:
     """True for a pickle without a zip around it: only time can tell that such a file is whole."""
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", _DISTRIBUTED):
         return False
     with path.open("rb") as file:
         return file.read(1) == _PICKLE
@@ -59,8 +64,8 @@ def is_legacy(path: Path) -> bool:
 def fingerprint(path: Path) -> str:
     """A digest that changes when the weights in the file change, read in milliseconds whatever the size.
 
-    A zip gives the CRC32 of each record (where the writer left them out, samples of it); safetensors its header and samples of every
-    tensor; a pickle all of it, above 64 MiB a sample of every 64 KiB. Times and inodes play no part.
+    A zip gives the CRC32 of each record (a file of several zips those of the last); where the writer left them out, samples. safetensors
+    gives its header and samples of every tensor; a pickle all of it, above 64 MiB a sample of every 64 KiB. Times and inodes play no part.
 
     Raises:
         CheckpointError: the file is not whole.
@@ -71,6 +76,8 @@ def fingerprint(path: Path) -> str:
         raise CheckpointError(f"{printable(str(path))} {problem}")
     if path.suffix == ".safetensors":
         return digest(*_safetensors_samples(path))
+    if path.suffix == _DISTRIBUTED:
+        return digest(*_last_records(path), *_spread(path, [(0, path.stat().st_size)]))
     if is_legacy(path):
         size = path.stat().st_size
         return digest(
@@ -101,6 +108,14 @@ def _zip_records(path: Path) -> Iterator[str | bytes]:
             yield f"{info.file_size}:{info.CRC}"
             if info.CRC == 0 and info.file_size:
                 yield from _spread(path, [(info.header_offset, info.header_offset + info.compress_size)])
+
+
+def _last_records(path: Path) -> list[str | bytes]:
+    try:
+        return list(_zip_records(path))
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, EOFError, struct.error):
+        # Its items went through an extension, such as compression.
+        return []
 
 
 def _header(file: BinaryIO) -> tuple[int, Any]:

@@ -8,11 +8,12 @@
     ├── RedisError          exit 1   no Redis answers, or the embedded one cannot be started
     ├── StateError          exit 1   a directory or file of our own cannot be read, written or locked
     └── CheckpointError     exit 1   a checkpoint's files are gone, unreadable or changed
+        └── RefusedError    exit 1   a pickle in it asks for what is not run
 
 A command prints one of these as one line and ends with its ``exit_code``; anything else is a bug and keeps its traceback.
 """
 
-__all__ = ["AssayerError", "CheckpointError", "EvaluatorError", "RedisError", "StateError", "UsageError"]
+__all__ = ["AssayerError", "CheckpointError", "EvaluatorError", "RedisError", "RefusedError", "StateError", "UsageError"]
 
 
 class AssayerError(Exception):
@@ -43,3 +44,7 @@ class StateError(AssayerError):
 
 class CheckpointError(AssayerError):
     """A checkpoint's files are gone, unreadable, or not what they were."""
+
+
+class RefusedError(CheckpointError):
+    """A pickle asks for a call of a name that is not on the list of those that are known to be harmless."""

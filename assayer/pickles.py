@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
-from assayer.errors import CheckpointError
+from assayer.errors import CheckpointError, RefusedError
 from assayer.files import printable
 
 __all__ = ["Inert", "Local", "Sharded", "Unsupported", "read_metadata", "read_objects", "read_tree"]
@@ -26,7 +26,7 @@ class _Calls(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if not cls.known:
-            raise CheckpointError(f"refers to {printable(cls.given)}, which is not on the list of allowed names; nothing was run")
+            raise RefusedError(f"refers to {printable(cls.given)}, which is not on the list of allowed names; nothing was run")
         return super().__call__(*args, **kwargs)
 
 
@@ -86,7 +86,7 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """One rank's share of a tensor of ``shape`` (None: it has none): ``spec`` is a DTensor's, or the metadata of a ShardedTensor's shard."""
+    """One rank's share (None: it has none) of a tensor of ``shape``; ``spec`` is a DTensor's, or the metadata of a ShardedTensor's shard."""
 
     local: Local | None
     shape: tuple[int, ...]
@@ -225,7 +225,7 @@ def _metadata_class(made: dict[tuple[str, str], Any], module: str, name: str) ->
     if module == "torch" and name in _DTYPES:
         return name
     if module not in _METADATA.get(name, ()):
-        raise CheckpointError(f"refers to {printable(f'{module}.{name}')}, which is not on the list of allowed names; nothing was run")
+        raise RefusedError(f"refers to {printable(f'{module}.{name}')}, which is not on the list of allowed names; nothing was run")
     if (module, name) not in made:
         made[module, name] = _NEUTRAL.get((module, name)) or _stand_in(module, name, known=True)
     return made[module, name]

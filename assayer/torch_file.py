@@ -52,7 +52,7 @@ def read_torch_file(path: Path, name: str) -> TorchFile:
             raise CheckpointError("is in another byte order than little-endian; --reader torch reads it")
         return TorchFile(name, read_tree(read_bytes(descriptor, description.length, description.start)), records)
     except CheckpointError as error:
-        raise CheckpointError(f"{printable(str(path))} {error}") from None
+        raise type(error)(f"{printable(str(path))} {error}") from None
     finally:
         os.close(descriptor)
 

@@ -18,7 +18,7 @@ from assayer.files import printable
 from assayer.formats import single_file
 from assayer.pickles import Inert, read_metadata
 from assayer.sealed import sealed
-from assayer.tensors import Piece, Tensor, cover, dtype_of
+from assayer.tensors import DTYPES, Dtype, Piece, Tensor, cover, dtype_of
 
 REFINES: tuple[str, ...] = ()
 FOLDERS = ""
@@ -137,7 +137,8 @@ def read(listing: Listing, folder: str, metadata: Sequence[str] = (METADATA,)) -
                 made = [Piece(prefix + file, tuple(begin), tuple(sizes), start, length) for begin, sizes, file, start, length in pieces]
                 stored = found.get(key)
                 if stored is None:
-                    tensor = Tensor(key, dtype_of(dtype, key), tuple(shape), made)
+                    # An optimizer may hold what safetensors cannot; what the model holds is looked at when it is chosen.
+                    tensor = Tensor(key, DTYPES.get(dtype) or Dtype(dtype, "", 1, False), tuple(shape), made)
                     found[key] = Stored(tuple(path), tensor, extension)
                 elif stored.tensor.shape != tuple(shape):
                     raise CheckpointError(f"tells another shape of {printable(key)} than the other ranks")
@@ -158,6 +159,7 @@ def chosen(stored: list[Stored], variant: str) -> list[Tensor]:
                 raise CheckpointError(
                     f"{printable(names[item.path])} was saved through the extension {printable(item.extension)}; --reader torch may read it"
                 )
+            dtype_of(item.tensor.dtype.torch, names[item.path])
             item.tensor.name = names[item.path]
             cover(item.tensor)
             kept.append(item.tensor)

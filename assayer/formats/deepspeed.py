@@ -15,7 +15,7 @@ from typing import Any
 from assayer.checkpoint import Listing, Position
 from assayer.containers import model_names
 from assayer.content import incomplete
-from assayer.errors import CheckpointError
+from assayer.errors import CheckpointError, RefusedError
 from assayer.files import natural_key, printable
 from assayer.formats import hf_dir, single_file
 from assayer.pickles import Inert, Local
@@ -49,6 +49,9 @@ def missing(listing: Listing) -> str | None:
             return f"{name} {problem}"
     try:
         absent = _absent(listing)
+    except RefusedError:
+        # It is whole, and the merge will say what it holds.
+        absent = None
     except CheckpointError as error:
         return str(error)
     return absent or hf_dir.missing_state(listing)

@@ -5,7 +5,8 @@ lies under ``model`` or ``state_dict``, behind the attribute of the LightningMod
 """
 
 from assayer.checkpoint import Listing, Position
-from assayer.errors import CheckpointError
+from assayer.content import incomplete
+from assayer.errors import RefusedError
 from assayer.formats import dcp, lightning_file, single_file
 from assayer.tensors import Tensor
 from assayer.torch_file import read_torch_file
@@ -29,11 +30,8 @@ def missing(listing: Listing) -> str | None:
         return reason
     if META not in listing.names:
         return f"no {META} yet"
-    try:
-        read_torch_file(listing.file(META), META)
-    except CheckpointError as error:
-        return str(error)
-    return None
+    problem = incomplete(listing.file(META))
+    return f"{META} {problem}" if problem else None
 
 
 def unmarked(listing: Listing) -> str | None:
@@ -42,14 +40,7 @@ def unmarked(listing: Listing) -> str | None:
 
 def position(listing: Listing) -> Position:
     named = single_file.position_in(listing.name.removesuffix(".ckpt"))
-    if named.number is not None or META not in listing.names:
-        return named
-    try:
-        tree = read_torch_file(listing.file(META), META).tree
-    except (CheckpointError, OSError):
-        return named
-    step, epoch = (tree.get(name) if isinstance(tree, dict) else None for name in ("global_step", "epoch"))
-    return Position(step=step if isinstance(step, int) else None, epoch=epoch if isinstance(epoch, int) else None)
+    return lightning_file.position_inside(listing, META) if named.number is None and META in listing.names else named
 
 
 def weights(listing: Listing) -> tuple[str, ...]:
@@ -57,7 +48,11 @@ def weights(listing: Listing) -> tuple[str, ...]:
 
 
 def tensors(listing: Listing, variant: str) -> list[Tensor]:
-    tree = read_torch_file(listing.file(META), META).tree
     found = dcp.tensors(listing, variant)
-    is_module = isinstance(tree, dict) and "pytorch-lightning_version" in tree
+    try:
+        tree = read_torch_file(listing.file(META), META).tree
+        is_module = isinstance(tree, dict) and "pytorch-lightning_version" in tree
+    except RefusedError:
+        # Callbacks and hyperparameters may be of any class; Fabric, which knows no such things, gives its directories no suffix.
+        is_module = listing.name.endswith(".ckpt")
     return lightning_file.without_attribute(found) if is_module else found

@@ -18,7 +18,6 @@ SHARDED = False
 missing = single_file.missing
 unmarked = single_file.unmarked
 weights = single_file.weights
-variants = single_file.variants
 
 
 def claims(listing: Listing) -> bool:
@@ -28,19 +27,27 @@ def claims(listing: Listing) -> bool:
 def position(listing: Listing) -> Position:
     """From the name; where that tells nothing (``last.ckpt``), from ``global_step`` and ``epoch`` inside."""
     named = single_file.position(listing)
-    if named.number is not None:
-        return named
+    return position_inside(listing, listing.name) if named.number is None else named
+
+
+def position_inside(listing: Listing, name: str) -> Position:
+    """``global_step`` and ``epoch`` as Lightning keeps them in a file; none while it cannot be read."""
     try:
-        tree = read_torch_file(listing.file(listing.name), listing.name).tree
+        tree = read_torch_file(listing.file(name), name).tree
     except (CheckpointError, OSError):
-        return named
+        return Position()
     step, epoch = (tree.get(name) if isinstance(tree, dict) else None for name in ("global_step", "epoch"))
     return Position(step=step if isinstance(step, int) else None, epoch=epoch if isinstance(epoch, int) else None)
 
 
+def variants(listing: Listing) -> tuple[str, ...]:
+    """NeMo writes the moving average as a file of its own, which is never taken for the weights of its step."""
+    return ("ema",) if listing.name.endswith("-EMA.ckpt") else ("regular",)
+
+
 def tensors(listing: Listing, variant: str) -> list[Tensor]:
     tree = read_torch_file(listing.file(listing.name), listing.name).tree
-    found = single_file.tensors(listing, variant)
+    found = single_file.tensors(listing, "regular")
     is_module = isinstance(tree, dict) and "pytorch-lightning_version" in tree
     return without_attribute(found) if is_module else found
 

@@ -32,6 +32,10 @@ class Companions:
     def __init__(self, files: dict[str, Path], config: dict[str, Any] | None) -> None:
         self.files, self.config = files, config
 
+    @property
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files.values())
+
     def write(self, folder: Path, dtype: Dtype | None) -> None:
         """Copies the files; of a cast, the config tells the new dtype.
 

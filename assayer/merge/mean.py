@@ -86,7 +86,7 @@ def mean(
     if any(target.form for target in first.plan.wanted):
         raise UsageError("a mean keeps the rows where they are: merge with this --key_map first, and average what that gives")
     with part_folder(output) as part:
-        check_room(output.parent, first.plan.nbytes)
+        check_room(output.parent, first.plan.nbytes + first.plan.around.nbytes)
         started(first.plan.nbytes)
         files = layout(first.plan.wanted, size_in_bytes(options.max_shard_size))
         try:

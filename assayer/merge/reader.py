@@ -104,6 +104,9 @@ class Source:
         self._lock = threading.Lock()
         self.shared: set[tuple[str, int]] = set()
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Closes what all threads have opened."""
         with self._lock:

@@ -28,8 +28,8 @@ SHARD_SIZE = "5GB"
 READERS = ("assayer", "torch")
 # Where torch's reader puts what it read, inside the output that is being made.
 _READING = "reading"
-# Bytes that a config, a tokenizer and the file system's own bookkeeping may take beside the weights.
-_BESIDE = 64 << 20
+# Bytes that headers, an index and the file system's own bookkeeping may take.
+_BESIDE = 4 << 20
 _PART = re.compile(r".*\.part-(.+)-(\d+)")
 
 
@@ -145,6 +145,8 @@ def run(
         AssayerError: one line; nothing is left behind.
     """
     began = time.monotonic()
+    if "adapter_config.json" in found.listing.names:
+        raise UsageError(f"{printable(found.checkpoint.path)} is a PEFT adapter, which is loaded onto its base model and needs no merge")
     threads = options.threads or min(8, os.cpu_count() or 1)
     if os.path.lexists(output):
         raise UsageError(f"{printable(str(output))} is there already; remove it, or give another --output_path")
@@ -159,7 +161,7 @@ def run(
         try:
             if is_tied(plan.around.config):
                 plan = _without_tied(plan, source)
-            check_room(output.parent, plan.nbytes)
+            check_room(output.parent, plan.nbytes + plan.around.nbytes)
             started(plan.nbytes)
             files = layout(plan.wanted, size_in_bytes(options.max_shard_size))
             if options.verify:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +154,14 @@ def _merge(task: Task, place: Place, base: Record, scratch: Scratch, path: Path)
 
 def _merge_in_child(task: Task, scratch: Scratch, path: Path) -> dict[str, Any]:
     how = task.merging
+    can_check = find_spec("transformers") is not None and find_spec("torch") is not None
     options = Options(
         checkpoint_type=task.weights,
         dtype=how.dtype,
         hf_config=how.hf_config,
         tokenizer=how.tokenizer,
         key_map=how.key_map,
-        check_model=True,
+        check_model=can_check,
     )
     try:
         found = find_checkpoint(Path(task.checkpoint))
@@ -168,7 +170,8 @@ def _merge_in_child(task: Task, scratch: Scratch, path: Path) -> dict[str, Any]:
         return {"away": str(error)}
     except AssayerError as error:
         return {"refused": str(error)}
-    return {"from": done.format, "bytes": done.weights, "tensors": done.tensors, "seconds": round(done.seconds, 3), "notes": done.notes}
+    notes = done.notes if can_check else [*done.notes, "not checked against a model: transformers is not installed"]
+    return {"from": done.format, "bytes": done.weights, "tensors": done.tensors, "seconds": round(done.seconds, 3), "notes": notes}
 
 
 def _finish(job: Job, place: Place, task: Task, outcome: Record) -> dict[str, Any]:
