@@ -86,7 +86,7 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """One rank's share (None: it has none) of a tensor of ``shape``; ``spec`` is a DTensor's, or the metadata of a ShardedTensor's shard."""
+    """One rank's share (None: none) of a tensor of ``shape``; ``spec`` is a DTensor's, or the metadata of a ShardedTensor's shard."""
 
     local: Local | None
     shape: tuple[int, ...]

@@ -12,7 +12,7 @@ from assayer.files import printable, write_json
 from assayer.merge.names import Target
 from assayer.merge.reader import Assembly, Source, boxes
 from assayer.merge.run import Merged, Options, Plan, check_room, part_folder, prepare, refuse_changed, size_in_bytes
-from assayer.merge.writer import INDEX, OutputFile, allocated, index_of, layout, shared_records
+from assayer.merge.writer import INDEX, OutputFile, allocated, index_of, layout
 
 if TYPE_CHECKING:
     from assayer.merge.casts import Array
@@ -77,8 +77,7 @@ def mean(
     inputs = []
     for one, share in zip(found, shares, strict=True):
         plan = prepare(one, options)
-        source = Source(one.listing.path, one.listing.is_directory, options.verify)
-        source.shared = set(shared_records([t.source for t in plan.wanted]))
+        source = Source(one.listing, [target.source for target in plan.wanted], options.verify)
         inputs.append(_Input(plan, source, {t.name: t for t in plan.wanted}, share))
     first = inputs[0]
     for other in inputs[1:]:

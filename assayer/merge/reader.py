@@ -5,12 +5,13 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from assayer.archive import Record
+from assayer.checkpoint import Listing
 from assayer.errors import CheckpointError
 from assayer.files import printable
 from assayer.tensors import Piece, Tensor, open_piece
@@ -18,7 +19,7 @@ from assayer.tensors import Piece, Tensor, open_piece
 if TYPE_CHECKING:
     from assayer.merge.casts import Array
 
-__all__ = ["BLOCK", "Assembly", "Crc", "Source", "boxes", "run_of"]
+__all__ = ["BLOCK", "Assembly", "Crc", "Source", "boxes", "run_of", "shared_records"]
 
 # Bytes of one read. With larger ones the copy leaves the processor's cache.
 BLOCK = 512 << 10
@@ -68,6 +69,20 @@ def boxes(space: tuple[int, ...], element: int, room: int, multiple: int = 1) ->
             yield (*prefix, first, *(0 for _ in rest)), (*(1 for _ in prefix), min(rows, space[dim] - first), *rest)
 
 
+def shared_records(tensors: Iterable[Tensor]) -> set[tuple[str, int]]:
+    """The records (file and first byte) in which several pieces lie, or one that does not begin where the record does."""
+    seen: set[tuple[str, int]] = set()
+    shared: set[tuple[str, int]] = set()
+    for tensor in tensors:
+        for piece in tensor.pieces:
+            if piece.record is not None:
+                key = (piece.file, piece.record.start)
+                if key in seen or piece.start != piece.record.start:
+                    shared.add(key)
+                seen.add(key)
+    return shared
+
+
 class Crc:
     """The CRC32 of one record while its bytes go by in order."""
 
@@ -82,27 +97,37 @@ class Crc:
             self.value = zlib.crc32(data, self.value)
             self.position += len(data)
 
-    def finish(self, source: "Source", shared: bool) -> None:
-        """Reads what is left of the record, and compares; a record that several tensors share is looked at by itself.
+    def finish(self, source: "Source") -> None:
+        """Reads what is left of the record, and compares; a record that several pieces share is read by itself, once.
 
         Raises:
             CheckpointError: the bytes are not those that were saved.
         """
         record = self.piece.record
-        if record is None or record.crc is None or shared:
+        if record is None or record.crc is None:
             return
-        source.check(self.piece.file, record, self.tensor, self.value, self.position)
+        if source.is_new_among_shared(self.piece):
+            source.check(self.piece.file, record, self.tensor)
+        elif not source.is_shared(self.piece):
+            source.check(self.piece.file, record, self.tensor, self.value, self.position)
 
 
 class Source:
-    """The files of one checkpoint, opened once a thread. ``shared`` are records that several pieces lie in."""
+    """The files of one checkpoint, opened once a thread.
 
-    def __init__(self, root: str, is_directory: bool, verify: bool = True) -> None:
-        self._root, self._is_directory, self.verify = root, is_directory, verify
+    Args:
+        listing: of the checkpoint.
+        tensors: those that will be read.
+        verify: compare CRC32s.
+    """
+
+    def __init__(self, listing: Listing, tensors: Iterable[Tensor], verify: bool = True) -> None:
+        self._listing, self.verify = listing, verify
         self._threads = threading.local()
         self._all: list[int] = []
         self._lock = threading.Lock()
-        self.shared: set[tuple[str, int]] = set()
+        self._shared = shared_records(tensors)
+        self._checked: set[tuple[str, int]] = set()
 
     def __del__(self) -> None:
         self.close()
@@ -116,7 +141,7 @@ class Source:
             self._threads = threading.local()
 
     def path(self, file: str) -> Path:
-        return Path(self._root) / file if self._is_directory else Path(self._root)
+        return self._listing.file(file)
 
     def descriptor(self, file: str) -> int:
         """An open descriptor of one of the checkpoint's files, of this thread's own.
@@ -182,7 +207,18 @@ class Source:
         return Crc(piece, tensor) if self.verify and piece.record and piece.record.crc is not None else None
 
     def is_shared(self, piece: Piece) -> bool:
-        return piece.record is not None and (piece.file, piece.record.start) in self.shared
+        return piece.record is not None and (piece.file, piece.record.start) in self._shared
+
+    def is_new_among_shared(self, piece: Piece) -> bool:
+        """True for the first piece of a shared record, and for no other one."""
+        if not self.is_shared(piece):
+            return False
+        assert piece.record is not None
+        key = (piece.file, piece.record.start)
+        with self._lock:
+            is_new = key not in self._checked
+            self._checked.add(key)
+        return is_new
 
     def check(self, file: str, record: Record, tensor: str, value: int = 0, position: int | None = None) -> None:
         """Compares a record's CRC32, of which the bytes before ``position`` have the CRC ``value``.
@@ -215,7 +251,7 @@ class Source:
             if crc:
                 crc.add(block, position)
         if crc:
-            crc.finish(self, self.is_shared(piece))
+            crc.finish(self)
         flat = numpy.frombuffer(data, dtype=raw_type(tensor.dtype))
         steps = tuple(step * tensor.dtype.size for step in stride)
         return numpy.ascontiguousarray(numpy.lib.stride_tricks.as_strided(flat, piece.sizes, steps))
@@ -278,6 +314,6 @@ class Assembly:
         Raises:
             CheckpointError: bytes are not those that were saved.
         """
-        for piece, crc in zip(self._pieces, self._crcs, strict=True):
+        for crc in self._crcs:
             if crc:
-                crc.finish(self._source, self._source.is_shared(piece))
+                crc.finish(self._source)

@@ -17,7 +17,7 @@ from assayer.files import printable, write_json
 from assayer.merge.hf import Companions, companions, is_tied
 from assayer.merge.names import Target, head_size, key_map, targets
 from assayer.merge.reader import Assembly, Source, boxes
-from assayer.merge.writer import INDEX, index_of, layout, shared_records, write_files
+from assayer.merge.writer import INDEX, index_of, layout, write_files
 from assayer.plan import host_name
 from assayer.record import OWN_FOLDERS, run_folder
 from assayer.tensors import DTYPES, Dtype, Tensor
@@ -157,15 +157,13 @@ def run(
 
             holder, variant = read_with_torch(found, part / _READING, variant), "regular"
         plan = prepare(found, options, holder, variant)
-        source = Source(holder.listing.path, holder.listing.is_directory, options.verify)
+        source = Source(holder.listing, [target.source for target in plan.wanted], options.verify)
         try:
             if is_tied(plan.around.config):
                 plan = _without_tied(plan, source)
             check_room(output.parent, plan.nbytes + plan.around.nbytes)
             started(plan.nbytes)
             files = layout(plan.wanted, size_in_bytes(options.max_shard_size))
-            if options.verify:
-                _check_shared(plan, source)
             head_rows = head_size(plan.around.config) if any(t.form == "pairs" for t in plan.wanted) else 0
             write_files(part, files, source, threads, head_rows, advance, flush)
         finally:
@@ -370,14 +368,6 @@ def _flush(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _check_shared(plan: Plan, source: Source) -> None:
-    shared = shared_records([target.source for target in plan.wanted])
-    source.shared = set(shared)
-    for (file, _), (piece, name) in sorted(shared.items()):
-        if piece.record and piece.record.crc is not None:
-            source.check(file, piece.record, name)
 
 
 def _without_tied(plan: Plan, source: Source) -> Plan:

@@ -61,4 +61,4 @@ def load_state_dict(checkpoint_path: str | os.PathLike[str], weights: str = "reg
     """
     found = find_checkpoint(Path(checkpoint_path))
     plan = prepare(found, Options(checkpoint_type=weights))
-    return StateDict(plan.wanted, Source(found.listing.path, found.listing.is_directory))
+    return StateDict(plan.wanted, Source(found.listing, [target.source for target in plan.wanted]))

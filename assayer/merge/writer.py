@@ -20,12 +20,12 @@ from assayer.errors import CheckpointError, StateError
 from assayer.files import natural_key, printable
 from assayer.merge.names import Target
 from assayer.merge.reader import Assembly, Source, boxes, run_of
-from assayer.tensors import Piece, Tensor
+from assayer.tensors import Piece
 
 if TYPE_CHECKING:
     from assayer.merge.casts import Array
 
-__all__ = ["INDEX", "OutputFile", "index_of", "layout", "shared_records", "write_files"]
+__all__ = ["INDEX", "OutputFile", "index_of", "layout", "write_files"]
 
 INDEX = "model.safetensors.index.json"
 
@@ -252,7 +252,7 @@ def _stream(target: Target, piece: Piece, descriptor: int, at: int, source: Sour
             begun = at
     _begin_flush(descriptor, begun, at - begun)
     if crc:
-        crc.finish(source, source.is_shared(piece))
+        crc.finish(source)
 
 
 def _converted(data: memoryview, target: Target) -> memoryview:
@@ -318,18 +318,3 @@ def _begin_flush(descriptor: int, at: int, length: int) -> None:
     if sys.platform == "linux" and length:
         _libc = _libc or ctypes.CDLL(None)
         _libc.sync_file_range(descriptor, ctypes.c_longlong(at), ctypes.c_longlong(length), _SYNC_FILE_RANGE_WRITE)
-
-
-def shared_records(tensors: Sequence[Tensor]) -> dict[tuple[str, int], tuple[Piece, str]]:
-    """The records that hold more than one piece, or one that does not begin where they do, with a piece and a name for each."""
-    seen: dict[tuple[str, int], tuple[Piece, str]] = {}
-    shared: dict[tuple[str, int], tuple[Piece, str]] = {}
-    for tensor in tensors:
-        for piece in tensor.pieces:
-            if piece.record is None:
-                continue
-            key = (piece.file, piece.record.start)
-            if piece.start != piece.record.start or key in seen:
-                shared.setdefault(key, seen.get(key, (piece, tensor.name)))
-            seen.setdefault(key, (piece, tensor.name))
-    return shared
