@@ -6,11 +6,12 @@ torch/csrc/inline_container (records are stored, ``<name>/data.pkl`` describes t
 
 import os
 import struct
+import zlib
 from dataclasses import dataclass
 
 from assayer.errors import CheckpointError
 
-__all__ = ["Record", "read_bytes", "records_of"]
+__all__ = ["Record", "read_bytes", "read_checked", "records_of"]
 
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -46,6 +47,18 @@ def read_bytes(descriptor: int, length: int, offset: int) -> bytes:
     return data
 
 
+def read_checked(descriptor: int, record: Record, what: str) -> bytes:
+    """A record's bytes, compared with its CRC32.
+
+    Raises:
+        CheckpointError: they are not those that were saved, or the file ends before.
+    """
+    data = read_bytes(descriptor, record.length, record.start)
+    if record.crc is not None and zlib.crc32(data) != record.crc:
+        raise CheckpointError(f"is damaged in {what}, {record.length} bytes at byte {record.start}")
+    return data
+
+
 def records_of(descriptor: int, offset: int, length: int, wanted: tuple[str, ...] | None = None) -> dict[str, Record]:
     """The records of the archive that lies at ``offset``, by name without the archive's own; with ``wanted`` only those.
 
@@ -78,6 +91,8 @@ def records_of(descriptor: int, offset: int, length: int, wanted: tuple[str, ...
             plain, packed, header_at = _wide(extra, plain, packed, header_at)
         if method != 0 or packed != plain:
             raise CheckpointError(f"has the record {name!r} compressed, which torch.save never does")
+        if header_at + _LOCAL_SIZE > at:
+            raise CheckpointError("has a zip directory that points past its end")
         local = read_bytes(descriptor, _LOCAL_SIZE, offset + header_at)
         if local[:4] != b"PK\x03\x04":
             raise CheckpointError("has a damaged zip header")

@@ -35,7 +35,7 @@ def model_names(paths: Iterable[tuple[str, ...]], variant: str = "regular") -> d
     Raises:
         CheckpointError: there are no such weights.
     """
-    kept = [(path, path) for path in paths]
+    kept = [(path, path) for path in paths if path]
     wanted = _EMA if variant == "ema" else _MODEL
     while True:
         inner = [(path, rest) for path, rest in kept if len(rest) > 1]

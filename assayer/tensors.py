@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from assayer.archive import Record, records_of
-from assayer.archive import read_bytes as _read_bytes
+from assayer.archive import Record, read_bytes, read_checked, records_of
 from assayer.errors import CheckpointError
 from assayer.files import printable
 from assayer.pickles import Local, read_tree
@@ -189,9 +188,9 @@ def open_piece(piece: Piece, dtype: Dtype, descriptor: int) -> Piece:
     if description is None or description.length > _DESCRIPTION_MAX:
         raise CheckpointError("holds no description of a tensor")
     order = records.get("byteorder")
-    if order and _read_bytes(descriptor, min(order.length, 16), order.start) != b"little":
+    if order and read_bytes(descriptor, min(order.length, 16), order.start) != b"little":
         raise CheckpointError("is in another byte order than little-endian; --reader torch reads it")
-    text = _read_bytes(descriptor, description.length, description.start)
+    text = read_checked(descriptor, description, "the description of its tensor")
     local = _KNOWN.get(text)
     if local is None:
         local = read_tree(text)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from assayer.archive import Record, read_bytes, records_of
+from assayer.archive import Record, read_bytes, read_checked, records_of
 from assayer.errors import CheckpointError
 from assayer.files import printable
 from assayer.pickles import Inert, Local, Sharded, Unsupported, read_objects, read_tree
@@ -18,6 +18,8 @@ from assayer.tensors import DTYPES, Piece, Tensor, dtype_of, piece_of
 
 __all__ = ["TorchFile", "leaves", "read_torch_file", "whole_tensors"]
 
+# Entries of a state dict, and how deep they lie: a few bytes of a pickle can hold themselves, or one part under a million names.
+_PARTS_MAX, _DEPTH_MAX = 10_000_000, 100
 # torch's own mark of a file from before 1.6.
 _MAGIC = 0x1950A86A20F9469CFC6C
 Leaf = Local | Sharded | Unsupported
@@ -50,7 +52,7 @@ def read_torch_file(path: Path, name: str) -> TorchFile:
             raise CheckpointError("is a zip, and none of torch.save's (TorchScript is not read)")
         if order and read_bytes(descriptor, min(order.length, 16), order.start) != b"little":
             raise CheckpointError("is in another byte order than little-endian; --reader torch reads it")
-        return TorchFile(name, read_tree(read_bytes(descriptor, description.length, description.start)), records)
+        return TorchFile(name, read_tree(read_checked(descriptor, description, "the description of its tensors")), records)
     except CheckpointError as error:
         raise type(error)(f"{printable(str(path))} {error}") from None
     finally:
@@ -78,18 +80,21 @@ def _legacy(descriptor: int, size: int, name: str) -> TorchFile:
 
 
 def leaves(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Leaf]]:
-    """Every tensor in a nested state dict with its path; lists count by position, objects of other classes are passed over."""
+    """Every tensor in a nested state dict with its path; lists count by position, objects of other classes are passed over.
+
+    Raises:
+        CheckpointError: it holds itself, or the same parts under more names than any state dict has.
+    """
     todo: list[tuple[tuple[str, ...], Any]] = [(above, tree)]
-    seen: set[int] = set()
+    passed = 0
     while todo:
         path, value = todo.pop()
+        passed += 1
+        if passed > _PARTS_MAX or len(path) > _DEPTH_MAX:
+            raise CheckpointError("holds a state dict that is nested without end")
         if isinstance(value, Local | Sharded | Unsupported):
             yield path, value
         elif isinstance(value, dict | list | tuple):
-            # A pickle may hold itself, or the same dictionary under a million names.
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
             inner = value.items() if isinstance(value, dict) else enumerate(value)
             todo += [((*path, str(key)), item) for key, item in reversed(list(inner))]
         elif isinstance(value, Inert) and value.items:

@@ -176,7 +176,10 @@ def _refuse_names(files: set[str], names: frozenset[str]) -> None:
 def _parsed(path: Path, extract: Callable[[Inert], Iterator[Any]]) -> Iterator[Any]:
     data = path.read_bytes()
     if len(data) <= _SMALL:
-        yield from extract(read_metadata(data))
+        try:
+            yield from extract(read_metadata(data))
+        except (TypeError, AttributeError, ValueError, LookupError) as error:
+            raise CheckpointError(f"has an impossible form ({printable(str(error))[:120]})") from None
         return
     size = len(data)
     del data
@@ -209,6 +212,8 @@ def _rows(metadata: Inert) -> Iterator[list[Any]]:
     guess = _Guess(tensors) if not isinstance(paths, dict) else None
     for key, value in tensors.items():
         path = guess.path(key) if guess else paths.get(key, (key,)) if isinstance(paths, dict) else (key,)
+        if not isinstance(path, tuple | list) or not path:
+            raise CheckpointError(f"tells no way to {printable(str(key))}")
         properties = value.field("properties")
         state = properties.state if isinstance(properties, Inert) else None
         dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None

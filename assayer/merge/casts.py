@@ -12,12 +12,9 @@ import numpy
 
 from assayer.tensors import DTYPES, Dtype
 
-__all__ = ["TARGETS", "Array", "as_float32", "cast", "from_float32", "raw_type"]
+__all__ = ["Array", "as_float32", "cast", "from_float32", "raw_type"]
 
 Array: TypeAlias = "numpy.ndarray[Any, Any]"
-
-# What --dtype may ask for.
-TARGETS = ("bfloat16", "float16", "float32")
 
 _FLOATS = {"float64": numpy.float64, "float32": numpy.float32, "float16": numpy.float16}
 
@@ -39,7 +36,7 @@ def as_float32(values: Array, source: Dtype) -> Array:
     if source.torch == "bfloat16":
         return (values.astype(numpy.uint32) << 16).view(numpy.float32)
     if source.torch in _FLOATS:
-        with numpy.errstate(over="ignore"):
+        with numpy.errstate(over="ignore", invalid="ignore"):
             return values.view(_FLOATS[source.torch]).astype(numpy.float32, copy=False)
     return _table_of_eight_bits(source.torch)[values]
 
@@ -50,7 +47,7 @@ def from_float32(values: Array, target: Dtype) -> Array:
         bits = values.view(numpy.uint32)
         rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
         return numpy.where(numpy.isnan(values), numpy.uint32(0x7FC0), rounded).astype(numpy.uint16)
-    with numpy.errstate(over="ignore"):
+    with numpy.errstate(over="ignore", invalid="ignore"):
         return values.astype(_FLOATS[target.torch], copy=False).view(raw_type(target))
 
 

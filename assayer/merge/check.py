@@ -34,13 +34,17 @@ def check_model(wanted: Sequence[Target], config: dict[str, Any]) -> str | None:
         ) from None
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    known = config.get("model_type")
+    if known not in transformers.CONFIG_MAPPING:
+        return f"not checked against a model: transformers knows no model type {printable(str(known))!r}"
     try:
-        made = transformers.AutoConfig.for_model(**{**config, "model_type": config.get("model_type", "")})
-    except (ValueError, KeyError, TypeError) as error:
-        return f"not checked against a model: {printable(str(error))[:200]}"
+        made = transformers.AutoConfig.for_model(**config)
+    except Exception as error:
+        # A config's values are checked by whatever raises what it likes.
+        raise UsageError(f"config.json describes no model: {' '.join(printable(str(error)).split())[:300]}") from None
     kind = _class_of(transformers, made)
     if kind is None:
-        return f"not checked against a model: transformers has no {printable(', '.join(made.architectures or ()) or type(made).__name__)}"
+        return f"not checked against a model: transformers has no {printable(', '.join(map(str, made.architectures or ())) or type(made).__name__)}"
     state = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype.torch), device="meta") for t in wanted}
     missing, unexpected, misshapen = _compare(torch, transformers, kind, made, state)
     problems = [
@@ -59,7 +63,8 @@ def check_model(wanted: Sequence[Target], config: dict[str, Any]) -> str | None:
 def _class_of(transformers: Any, config: Any) -> Any:
     """The model's class: the architecture that the config names, else the one with a head that goes with its type."""
     for name in config.architectures or ():
-        return getattr(transformers, name, None)
+        kind = getattr(transformers, str(name), None)
+        return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
     for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel"):
         kind = getattr(transformers, auto)._model_mapping.get(type(config), None)
         if kind is not None:
@@ -69,8 +74,11 @@ def _class_of(transformers: Any, config: Any) -> Any:
 
 def _compare(torch: Any, transformers: Any, kind: Any, config: Any, state: dict[str, Any]) -> tuple[list[str], list[str], list[str]]:
     """Missing, unexpected and misshapen names."""
-    with torch.device("meta"):
-        model = kind(config)
+    try:
+        with torch.device("meta"):
+            model = kind(config)
+    except Exception as error:
+        raise UsageError(f"config.json describes no {kind.__name__}: {' '.join(printable(str(error)).split())[:300]}") from None
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = _tied(model, config)
     direct = {name: tuple(value.shape) for name, value in state.items()}

@@ -14,12 +14,22 @@ from assayer import cli
 from assayer.containers import VARIANTS
 from assayer.errors import UsageError
 from assayer.files import printable
-from assayer.merge.run import READERS, SHARD_SIZE, Merged, Options, default_output, find_checkpoint, prepare, run, size_in_bytes
+from assayer.merge.run import (
+    DTYPE_WORDS,
+    READERS,
+    SHARD_SIZE,
+    Merged,
+    Options,
+    default_output,
+    find_checkpoint,
+    prepare,
+    run,
+    size_in_bytes,
+)
 from assayer.merge.writer import layout
 
 __all__ = ["main", "merge_options"]
 
-DTYPES = ("keep", "bfloat16", "float16", "float32")
 # What LMMs-Engine's merger calls kinds of models; the config tells that here.
 _GENERAL_TYPES = ("causal_lm", "masked_lm", "image_text_to_text", "general")
 
@@ -27,7 +37,7 @@ _GENERAL_TYPES = ("causal_lm", "masked_lm", "image_text_to_text", "general")
 def merge_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the flags that say how a checkpoint is merged, the same for every command that merges."""
     options = [
-        click.option("--dtype", type=click.Choice(DTYPES), default="keep", help="Cast floating-point tensors; integers never."),
+        click.option("--dtype", type=click.Choice(DTYPE_WORDS), default="keep", help="Cast floating-point tensors; integers never."),
         click.option("--hf_config", metavar="DIR_OR_FILE", help="Hugging Face config.  [default: the checkpoint's or its run's]"),
         click.option("--tokenizer", metavar="DIR", help="Directory of tokenizer files.  [default: the checkpoint's or its run's]"),
         click.option(

@@ -111,6 +111,10 @@ def _refuse_another_model(first: _Input, other: _Input) -> None:
     if only:
         raise CheckpointError(f"{printable(one)} and {printable(two)} are not of one model: only one of them holds {printable(only[0])}")
     for name, target in first.targets.items():
+        second = other.targets[name].source.dtype
+        if target.source.dtype.floating != second.floating or (not second.floating and second is not target.source.dtype):
+            kinds = f"{target.source.dtype.torch} and {second.torch}"
+            raise CheckpointError(f"{printable(one)} and {printable(two)} are not of one model: {printable(name)} is of {kinds}")
         if target.shape != other.targets[name].shape:
             shapes = f"{list(target.shape)} and {list(other.targets[name].shape)}"
             raise CheckpointError(f"{printable(one)} and {printable(two)} are not of one model: {printable(name)} has the shapes {shapes}")
@@ -124,7 +128,7 @@ def _write(part: Path, file: OutputFile, inputs: list[_Input], advance: Callable
             if not target.dtype.floating or not target.source.dtype.floating:
                 del parts[1:]
             place = start
-            for begin, sizes in boxes(target.source.space, 8, _ROOM):
+            for begin, sizes in boxes(target.shape, 8, _ROOM):
                 data = _mean_of(target, [(assembly.box(begin, sizes), one, share) for assembly, one, share in parts])
                 os.pwrite(descriptor, data, place)
                 place += len(data)
@@ -145,7 +149,8 @@ def _mean_of(target: Target, parts: "list[tuple[Array, Target, float]]") -> byte
         return numpy.ascontiguousarray(parts[0][0]).tobytes()
     total = None
     for values, one, share in parts:
-        scaled = as_float32(numpy.ascontiguousarray(values).reshape(-1), one.source.dtype) * numpy.float32(share)
-        total = scaled if total is None else total + scaled
+        with numpy.errstate(over="ignore", invalid="ignore"):
+            scaled = as_float32(numpy.ascontiguousarray(values).reshape(-1), one.source.dtype) * numpy.float32(share)
+            total = scaled if total is None else total + scaled
     assert total is not None
     return bytes(from_float32(total, target.dtype).tobytes())

@@ -104,19 +104,24 @@ def key_map(given: str | None) -> tuple[Rule, ...]:
         return KEY_MAPS[given]
     try:
         pairs = json.loads(Path(given).read_text())
-        rules = tuple(Rule(pattern, replacement) for pattern, replacement in pairs)
-        for rule in rules:
-            re.compile(rule.pattern)
-            if rule.replacement is not None and not isinstance(rule.replacement, str):
-                raise ValueError(f"the replacement of {rule.pattern} is no text")
-        return rules
+        if not isinstance(pairs, list):
+            raise ValueError("it holds no list")
+        return tuple(_rule(pair) for pair in pairs)
     except OSError as error:
         known = ", ".join(KEY_MAPS)
         raise UsageError(f"--key_map {printable(given)} cannot be read ({error.strerror}); give {known} or a JSON file") from None
-    except (ValueError, TypeError, re.error) as error:
+    except (ValueError, IndexError, RecursionError, re.error) as error:
         raise UsageError(
             f'--key_map {printable(given)} must be JSON: [["regular expression", "replacement or null"], ...] ({error})'
         ) from None
+
+
+def _rule(pair: Any) -> Rule:
+    if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str | None)):
+        raise ValueError(f"{json.dumps(pair)[:80]} is no such pair")
+    # A replacement that asks for a group which is not there is found without a match.
+    re.sub(pair[0], pair[1] or "", "")
+    return Rule(pair[0], pair[1])
 
 
 def targets(tensors: Iterable[Tensor], rules: tuple[Rule, ...], dtype: Dtype | None) -> list[Target]:
@@ -138,11 +143,22 @@ def targets(tensors: Iterable[Tensor], rules: tuple[Rule, ...], dtype: Dtype | N
         for target in _mapped(name, tensor, rules, (*experts,) if rules is _KEMPNERFORGE else ()):
             if dtype is not None and target.dtype.floating:
                 target.dtype = dtype
+            if target.name == "__metadata__" or not _is_text(target.name):
+                raise CheckpointError(f"safetensors holds no tensor called {printable(target.name)}; rename it with --key_map")
+
             if target.name in found:
                 first = found[target.name].source.name
                 raise CheckpointError(f"{printable(first)} and {printable(tensor.name)} both come to the name {printable(target.name)}")
             found[target.name] = target
     return list(found.values())
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def _stripped(names: list[str]) -> list[str]:

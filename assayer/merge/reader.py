@@ -23,6 +23,8 @@ __all__ = ["BLOCK", "Assembly", "Crc", "Source", "boxes", "run_of", "shared_reco
 
 # Bytes of one read. With larger ones the copy leaves the processor's cache.
 BLOCK = 512 << 10
+# Bytes of one read where elements do not lie in a row, and how many times what is needed it may hold.
+_GATHER, _SPARSE = 1 << 20, 4
 # Files that one thread holds open at a time.
 _OPEN_MAX = 32
 
@@ -179,14 +181,22 @@ class Source:
         buffer: memoryview = self._threads.buffer
         end = start + length
         while start < end:
+            block = buffer[: min(BLOCK, end - start)]
+            self._fill(descriptor, file, block, start)
+            yield start, block
+            start += len(block)
+
+    def _fill(self, descriptor: int, file: str, block: memoryview, start: int) -> None:
+        filled = 0
+        while filled < len(block):
             try:
-                count = os.preadv(descriptor, [buffer[: min(BLOCK, end - start)]], start)
+                count = os.preadv(descriptor, [block[filled:]], start + filled)
             except OSError as error:
                 raise CheckpointError(f"{printable(str(self.path(file)))} cannot be read at byte {start}: {error.strerror}") from None
             if count == 0:
-                raise CheckpointError(f"{printable(str(self.path(file)))} ends at byte {start}, {end - start} bytes before it should")
-            yield start, buffer[:count]
-            start += count
+                where = f"{printable(str(self.path(file)))} ends at byte {start + filled}"
+                raise CheckpointError(f"{where}, at least {len(block) - filled} bytes before it should")
+            filled += count
 
     def opened(self, piece: Piece, tensor: Tensor) -> Piece:
         """A piece with the place of its bytes known; see ``tensors.open_piece``.
@@ -235,26 +245,36 @@ class Source:
                 f"{printable(tensor)}: their CRC32 is {value:08x}, it was {record.crc:08x} when they were saved"
             )
 
-    def local(self, piece: Piece, tensor: Tensor) -> "Array":
-        """A whole opened piece as raw elements in its shape; for one whose elements do not lie in a row."""
+    def strided(self, piece: Piece, tensor: Tensor, low: tuple[int, ...], high: tuple[int, ...]) -> "Array":
+        """The raw elements of a box of an opened piece whose elements do not lie in a row; ``low`` and ``high`` count within the piece.
+
+        The box is halved where it is widest in the file until what is read at once is dense, and no more than a few blocks.
+        """
         import numpy
 
         from assayer.merge.casts import raw_type
 
-        stride = piece.stride or ()
-        count = sum((n - 1) * step for n, step in zip(piece.sizes, stride, strict=True)) + 1
-        data = bytearray(count * tensor.dtype.size)
-        view = memoryview(data)
-        crc = self.crc(piece, tensor.name)
-        for position, block in self.blocks(piece.file, piece.start, len(data)):
-            view[position - piece.start : position - piece.start + len(block)] = block
-            if crc:
-                crc.add(block, position)
-        if crc:
-            crc.finish(self)
-        flat = numpy.frombuffer(data, dtype=raw_type(tensor.dtype))
-        steps = tuple(step * tensor.dtype.size for step in stride)
-        return numpy.ascontiguousarray(numpy.lib.stride_tricks.as_strided(flat, piece.sizes, steps))
+        stride, element = piece.stride or (), tensor.dtype.size
+        made = numpy.empty(tuple(b - a for a, b in zip(low, high, strict=True)), dtype=raw_type(tensor.dtype))
+        todo = [(low, high)]
+        while todo:
+            begin, end = todo.pop()
+            sizes = tuple(b - a for a, b in zip(begin, end, strict=True))
+            reach = [(n - 1) * step for n, step in zip(sizes, stride, strict=True)]
+            span = sum(reach) + 1
+            if (span * element > _GATHER or span > _SPARSE * prod(sizes)) and max(reach, default=0) > 0:
+                dim = reach.index(max(reach))
+                middle = (begin[dim] + end[dim]) // 2
+                todo.append(((*begin[:dim], middle, *begin[dim + 1 :]), end))
+                todo.append((begin, (*end[:dim], middle, *end[dim + 1 :])))
+                continue
+            start = piece.start + sum(a * step for a, step in zip(begin, stride, strict=True)) * element
+            data = bytearray(span * element)
+            self._fill(self.descriptor(piece.file), piece.file, memoryview(data), start)
+            flat = numpy.frombuffer(data, dtype=raw_type(tensor.dtype))
+            where = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, low, strict=True))
+            made[where] = numpy.lib.stride_tricks.as_strided(flat, sizes, tuple(step * element for step in stride))
+        return made
 
 
 class Assembly:
@@ -263,15 +283,20 @@ class Assembly:
     def __init__(self, source: Source, tensor: Tensor) -> None:
         self._source, self._tensor = source, tensor
         self._pieces = [source.opened(piece, tensor) for piece in tensor.pieces]
-        self._crcs = [source.crc(piece, tensor.name) if piece.stride is None else None for piece in self._pieces]
-        self._locals: dict[int, Array] = {}
+        self._crcs = [source.crc(piece, tensor.name) for piece in self._pieces]
 
     def box(self, begin: tuple[int, ...], sizes: tuple[int, ...]) -> "Array":
-        """The raw elements of a box that lies in one run in the tensor (see ``boxes``)."""
+        """The raw elements of a box of the tensor's shape that lies in one run in it (see ``boxes``)."""
         import numpy
 
         from assayer.merge.casts import raw_type
 
+        shape = sizes
+        if self._tensor.flat:
+            place = 0
+            for first, extent in zip(begin, self._tensor.shape, strict=True):
+                place = place * extent + first
+            begin, sizes = (place,), (prod(sizes),)
         made = numpy.empty(sizes, dtype=raw_type(self._tensor.dtype))
         for index, piece in enumerate(self._pieces):
             low = tuple(map(max, begin, piece.begin))
@@ -280,24 +305,21 @@ class Assembly:
                 continue
             where = tuple(slice(a - b, z - b) for a, z, b in zip(low, high, begin, strict=True))
             made[where] = self._part(index, piece, low, high)
-        return made
+        return made.reshape(shape)
 
     def _part(self, index: int, piece: Piece, low: tuple[int, ...], high: tuple[int, ...]) -> "Array":
         import numpy
 
         from assayer.merge.casts import raw_type
 
-        inside = tuple(slice(a - p, z - p) for a, z, p in zip(low, high, piece.begin, strict=True))
+        first = tuple(a - p for a, p in zip(low, piece.begin, strict=True))
+        shape = tuple(z - a for a, z in zip(low, high, strict=True))
         if piece.stride is not None:
-            if index not in self._locals:
-                self._locals[index] = self._source.local(piece, self._tensor)
-            return self._locals[index][inside]
+            return self._source.strided(piece, self._tensor, first, tuple(f + n for f, n in zip(first, shape, strict=True)))
         size = self._tensor.dtype.size
-        place, step = 0, 1
-        for part, extent in zip(reversed(inside), reversed(piece.sizes), strict=True):
-            place += part.start * step
-            step *= extent
-        shape = tuple(part.stop - part.start for part in inside)
+        place = 0
+        for index_in, extent in zip(first, piece.sizes, strict=True):
+            place = place * extent + index_in
         data = bytearray(prod(shape) * size)
         view = memoryview(data)
         start = piece.start + place * size

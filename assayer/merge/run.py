@@ -1,8 +1,10 @@
 """From a checkpoint to a Hugging Face directory: read what lies where, check, lay out, copy, and only then give it its name."""
 
 import contextlib
+import fcntl
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +14,9 @@ from typing import Any
 
 from assayer import formats
 from assayer.checkpoint import Found, list_path
+from assayer.containers import VARIANTS
 from assayer.errors import CheckpointError, StateError, UsageError
-from assayer.files import printable, write_json
+from assayer.files import printable, short_name, write_json
 from assayer.merge.hf import Companions, companions, is_tied
 from assayer.merge.names import Target, head_size, key_map, targets
 from assayer.merge.reader import Assembly, Source, boxes
@@ -22,15 +25,17 @@ from assayer.plan import host_name
 from assayer.record import OWN_FOLDERS, run_folder
 from assayer.tensors import DTYPES, Dtype, Tensor
 
-__all__ = ["Merged", "Options", "default_output", "find_checkpoint", "folder_of_output", "merge", "run", "size_in_bytes"]
+__all__ = ["Merged", "Options", "default_output", "find_checkpoint", "merge", "run", "size_in_bytes"]
 
 SHARD_SIZE = "5GB"
 READERS = ("assayer", "torch")
+DTYPE_WORDS = ("keep", "bfloat16", "float16", "float32")
+# Bytes that a name leaves for the ending of a folder that is being made.
+_ENDING = 100
 # Where torch's reader puts what it read, inside the output that is being made.
 _READING = "reading"
 # Bytes that headers, an index and the file system's own bookkeeping may take.
 _BESIDE = 4 << 20
-_PART = re.compile(r".*\.part-(.+)-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,9 @@ def run(
         AssayerError: one line; nothing is left behind.
     """
     began = time.monotonic()
+    _check_words(options)
+    if output.resolve().is_relative_to(Path(found.checkpoint.path).resolve()):
+        raise UsageError(f"{printable(str(output))} lies inside the checkpoint, where nothing is ever written; give another --output_path")
     if "adapter_config.json" in found.listing.names:
         raise UsageError(f"{printable(found.checkpoint.path)} is a PEFT adapter, which is loaded onto its base model and needs no merge")
     threads = options.threads or min(8, os.cpu_count() or 1)
@@ -178,6 +186,19 @@ def run(
         shutil.rmtree(part / _READING, ignore_errors=True)
     seconds = time.monotonic() - began
     return Merged(output, found.checkpoint.format, options.checkpoint_type, plan.nbytes, len(plan.wanted), len(files), seconds, plan.notes)
+
+
+def _check_words(options: Options) -> None:
+    """Refuses what the command's own flags would not have let through.
+
+    Raises:
+        UsageError: a word is none of those that are allowed.
+    """
+    for name, allowed in (("checkpoint_type", VARIANTS), ("dtype", DTYPE_WORDS), ("reader", READERS)):
+        if getattr(options, name) not in allowed:
+            raise UsageError(f"{name} {printable(str(getattr(options, name)))!r} is none of {', '.join(allowed)}")
+    if options.threads < 0:
+        raise UsageError(f"threads must be 0 or more, not {options.threads}")
 
 
 def prepare(found: Found, options: Options, holder: Found | None = None, variant: str | None = None) -> Plan:
@@ -274,7 +295,7 @@ def size_in_bytes(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
     size = float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ") if found else 0
-    if size < 1:
+    if not 1 <= size < 1e18:
         raise UsageError(f"{printable(text)!r} is no size; give one such as 5GB, 500MB or 2GiB")
     return int(size)
 
@@ -294,11 +315,6 @@ def check_room(folder: Path, wanted: int) -> None:
         )
 
 
-def folder_of_output(output: Path) -> Path:
-    """Where the output is built until it is whole."""
-    return output.with_name(f"{output.name}.part-{host_name()}-{os.getpid()}")
-
-
 @contextlib.contextmanager
 def part_folder(output: Path) -> Iterator[Path]:
     """A folder beside the output, which gets the output's name when the block ends well, and is removed when it does not.
@@ -306,13 +322,15 @@ def part_folder(output: Path) -> Iterator[Path]:
     Raises:
         StateError: it cannot be made, flushed or renamed.
     """
-    part = folder_of_output(output)
+    part = output.with_name(f"{short_name(output.name, _ENDING)}{_part_sign()}{secrets.token_hex(4)}")
     made: list[Path] = []
+    lock = -1
     try:
         try:
             made = _make(output.parent)
             _sweep(output)
             part.mkdir()
+            lock = _locked(part)
         except OSError as error:
             raise StateError(f"cannot make {printable(str(part))}: {error.strerror}") from None
         try:
@@ -331,6 +349,9 @@ def part_folder(output: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
 
 
 def _make(folder: Path) -> list[Path]:
@@ -344,21 +365,32 @@ def _make(folder: Path) -> list[Path]:
     return missing[::-1]
 
 
+def _part_sign() -> str:
+    return f".part-{host_name()}-"
+
+
+def _locked(part: Path) -> int:
+    """An open descriptor of the folder that holds its lock, as long as this process lives: what nobody holds was left behind."""
+    descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):
+        # Where a file system has no locks, nothing is swept either.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
 def _sweep(output: Path) -> None:
-    """Removes what a merge of this output left that was killed on this host."""
-    for path in output.parent.glob(f"{_escaped(output.name)}.part-*"):
-        found = _PART.fullmatch(path.name)
-        if found and found[1] == host_name():
+    """Removes what merges of this output left that were killed on this host."""
+    sign = short_name(output.name, _ENDING) + _part_sign()
+    for path in output.parent.iterdir():
+        if path.name.startswith(sign) and path.is_dir():
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                os.kill(int(found[2]), 0)
-            except ProcessLookupError:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
             except OSError:
                 pass
-
-
-def _escaped(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
+            finally:
+                os.close(descriptor)
 
 
 def _flush(folder: Path) -> None:
@@ -390,7 +422,7 @@ def _is_same(source: Source, one: Tensor, other: Tensor) -> bool:
     import numpy
 
     first, second = Assembly(source, one), Assembly(source, other)
-    return all(numpy.array_equal(first.box(*box), second.box(*box)) for box in boxes(one.space, one.dtype.size, 4 << 20))
+    return all(numpy.array_equal(first.box(*box), second.box(*box)) for box in boxes(one.shape, one.dtype.size, 4 << 20))
 
 
 def _places(tensor: Tensor) -> list[tuple[Any, ...]]:

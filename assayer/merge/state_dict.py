@@ -33,7 +33,7 @@ class StateDict(Mapping[str, "torch.Tensor"]):
         view, place = memoryview(data), 0
         if data:
             assembly = Assembly(self._source, tensor)
-            for begin, sizes in boxes(tensor.space, tensor.dtype.size, _ROOM):
+            for begin, sizes in boxes(tensor.shape, tensor.dtype.size, _ROOM):
                 part = assembly.box(begin, sizes).tobytes()
                 view[place : place + len(part)] = part
                 place += len(part)

@@ -29,8 +29,8 @@ __all__ = ["INDEX", "OutputFile", "index_of", "layout", "write_files"]
 
 INDEX = "model.safetensors.index.json"
 
-# Bytes of the largest box that is put together in memory; shared by the threads.
-_ROOM = 16 << 20
+# Bytes of the boxes that are put together in memory, shared by the threads; a cast or another order of rows takes several times as much.
+_ROOM, _ROOM_CHANGED, _BOX_MIN = 16 << 20, 4 << 20, 1 << 20
 # Written bytes after which the kernel is asked to begin with them, so that the last flush finds little left.
 _FLUSH_EACH = 16 << 20
 _SYNC_FILE_RANGE_WRITE = 2
@@ -121,7 +121,9 @@ def write_files(
             descriptor = allocated(folder / file.name, file)
             opened.append(descriptor)
             for target, start in zip(file.targets, file.starts, strict=True):
-                tasks += _tasks(target, descriptor, start, source, head_rows, max(1 << 20, _ROOM // threads))
+                changed = bool(target.form) or target.dtype is not target.source.dtype
+                room = max(_BOX_MIN, (_ROOM_CHANGED if changed else _ROOM) // threads)
+                tasks += _tasks(target, descriptor, start, source, head_rows, room)
         tasks.sort(key=lambda task: (task.file, task.position))
         _run(tasks, threads, advance)
         if flush:
@@ -233,12 +235,17 @@ def _stream(target: Target, piece: Piece, descriptor: int, at: int, source: Sour
     """Copies a piece that lies in one run in the output."""
     tensor = target.source
     piece = source.opened(piece, tensor)
-    if piece.stride is not None:
-        data = _converted(_bytes_of(source.local(piece, tensor)), target)
-        _write(descriptor, data, at)
-        advance(len(data))
-        return
     crc = source.crc(piece, tensor.name)
+    if piece.stride is not None:
+        for begin, sizes in boxes(piece.sizes, tensor.dtype.size, _BOX_MIN):
+            end = tuple(b + n for b, n in zip(begin, sizes, strict=True))
+            data = _converted(_bytes_of(source.strided(piece, tensor, begin, end)), target)
+            _write(descriptor, data, at)
+            at += len(data)
+            advance(len(data))
+        if crc:
+            crc.finish(source)
+        return
     begun = at
     for position, block in source.blocks(piece.file, piece.start, piece.numel * tensor.dtype.size):
         if crc:
@@ -288,11 +295,11 @@ def _assemble(
             # Its bytes do not come first, so that this reads the whole record, once for all experts.
             assembly.finish()
         return
-    if target.form == "pairs" and (len(tensor.space) != 2 or tensor.shape[0] % head_rows):
+    if target.form == "pairs" and (len(tensor.shape) != 2 or tensor.shape[0] % head_rows):
         raise CheckpointError(f"{printable(tensor.name)} has {tensor.shape[0]} rows, no multiple of the {head_rows} of an attention head")
     place = start
     multiple = head_rows if target.form == "pairs" else 1
-    for begin, sizes in boxes(tensor.space, tensor.dtype.size, room, multiple):
+    for begin, sizes in boxes(tensor.shape, tensor.dtype.size, room, multiple):
         made = assembly.box(begin, sizes)
         if target.form == "pairs":
             made = made.reshape(-1, head_rows // 2, 2, sizes[1]).transpose(0, 2, 1, 3).reshape(sizes)
