@@ -32,8 +32,8 @@ def check_model(wanted: Sequence[Target], config: dict[str, Any]) -> str | None:
         raise UsageError(
             f"checking the weights against their model needs {error.name}: pip install 'assayer[hf]', or --no_check_model"
         ) from None
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     known = config.get("model_type")
     if known not in transformers.CONFIG_MAPPING:
         return f"not checked against a model: transformers knows no model type {printable(str(known))!r}"
