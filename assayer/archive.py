@@ -19,6 +19,8 @@ _LOCATOR = struct.Struct("<4sLQL")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL_SIZE = 30
 _TAIL = 2048
+# Bytes of a directory: 300,000 records.
+_DIRECTORY_MAX = 32 << 20
 # The longest comment that may stand behind the end of a zip's directory.
 _COMMENT_MAX = 65535
 
@@ -66,6 +68,13 @@ def records_of(descriptor: int, offset: int, length: int, wanted: tuple[str, ...
         CheckpointError: there is no whole archive, or it is compressed.
         OSError: it cannot be read.
     """
+    try:
+        return _records_of(descriptor, offset, length, wanted)
+    except (struct.error, OverflowError, ValueError):
+        raise CheckpointError("has a damaged zip directory") from None
+
+
+def _records_of(descriptor: int, offset: int, length: int, wanted: tuple[str, ...] | None) -> dict[str, Record]:
     at, size, count, tail_at, tail = _directory(descriptor, offset, length)
     if at >= tail_at:
         directory = tail[at - tail_at : at - tail_at + size]
@@ -128,6 +137,8 @@ def _directory(descriptor: int, offset: int, length: int) -> tuple[int, int, int
         count, size, at = fields[7:10]
     if at + size > length:
         raise CheckpointError("has a zip directory that points past its end")
+    if size > _DIRECTORY_MAX:
+        raise CheckpointError(f"has a zip directory of {size} bytes; {_DIRECTORY_MAX} are read")
     return at, size, count, tail_at, tail
 
 

@@ -3,16 +3,29 @@
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from assayer.content import fingerprint
+from assayer.content import fingerprint, tells_save
 from assayer.files import digest, natural_key
 from assayer.tensors import Tensor
 
-__all__ = ["Checkpoint", "Entry", "Format", "Found", "Listing", "Position", "entry_of", "identity", "list_files", "list_path"]
+__all__ = [
+    "Checkpoint",
+    "Entry",
+    "Format",
+    "Found",
+    "Listing",
+    "Position",
+    "count_of",
+    "entry_of",
+    "first_absent",
+    "identity",
+    "list_files",
+    "list_path",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +227,25 @@ def identity(listing: Listing, weights: Sequence[str]) -> str:
         CheckpointError: a file is not whole.
         OSError: a file is gone or cannot be read.
     """
+    # Where its metadata tells one save from the next, a look at each shard's end is enough.
+    sampled = any(name.endswith(".metadata") and tells_save(listing.file(name)) for name in weights)
     parts = []
     for name in sorted(weights):
         # A single file keeps its identity when it is renamed; inside a directory the names tell the shards apart.
-        parts += [name if listing.is_directory else "", fingerprint(listing.file(name))]
+        parts += [name if listing.is_directory else "", fingerprint(listing.file(name), sampled)]
     return digest(*parts)
+
+
+def count_of(value: object) -> int | None:
+    """``value`` where it is a count; what a damaged or hostile file holds in its place is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18 else None
+
+
+def first_absent(numbers: Iterable[int], count: int | None = None) -> int | None:
+    """The smallest number from 0 on that is not there; None when all below the largest (or below ``count``) are."""
+    expected = 0
+    for number in sorted(set(numbers)):
+        if number != expected:
+            return expected
+        expected += 1
+    return expected if count is not None and expected < count else None

@@ -6,6 +6,7 @@ Sources: the zip application note (torch.save writes the directory of its zip la
 
 import json
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 from assayer.errors import CheckpointError
 from assayer.files import digest, printable
 
-__all__ = ["fingerprint", "incomplete", "is_legacy"]
+__all__ = ["fingerprint", "incomplete", "is_legacy", "tells_save"]
 
 # safetensors itself refuses longer headers.
 _HEADER_MAX = 100_000_000
@@ -27,6 +28,12 @@ _LEGACY_WHOLE = 64 << 20
 _LEGACY_STRIDE = 64 << 10
 # A pickle of protocol 2 and later starts with this byte; torch's own form before 1.6 is such a pickle.
 _PICKLE = b"\x80"
+# A save's number in the pickle of a distributed checkpoint's metadata.
+_SAVE_ID = re.compile(rb"save_id.{1,6}?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.DOTALL)
+# The end of a zip's directory; bytes that hold it in both its forms; archives of one file that are looked at.
+_END, _TAIL, _ARCHIVES_MAX = struct.Struct("<4s4H2LH"), 128, 100_000
+# Bytes of the end of the directory in its 64-bit form, and of what points at it.
+_WIDE_END = 56 + 20
 # torch's distributed checkpoint puts one archive behind the other.
 _DISTRIBUTED = ".distcp"
 
@@ -61,11 +68,12 @@ def is_legacy(path: Path) -> bool:
         return file.read(1) == _PICKLE
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, sampled: bool = False) -> str:
     """A digest that changes when the weights in the file change, read in milliseconds whatever the size.
 
-    A zip gives the CRC32 of each record (a file of several zips those of the last); where the writer left them out, samples. safetensors
-    gives its header and samples of every tensor; a pickle all of it, above 64 MiB a sample of every 64 KiB. Times and inodes play no part.
+    A zip gives the CRC32 of each record; where the writer left them out, samples. safetensors gives its header and samples of every
+    tensor; a pickle all of it, above 64 MiB a sample of every 64 KiB; a ``.distcp`` file the directories of its archives (with ``sampled``
+    the last one alone, for where another file tells one save from the next). Times and inodes play no part.
 
     Raises:
         CheckpointError: the file is not whole.
@@ -74,10 +82,22 @@ def fingerprint(path: Path) -> str:
     problem = incomplete(path)
     if problem:
         raise CheckpointError(f"{printable(str(path))} {problem}")
+    try:
+        return _fingerprint(path, sampled)
+    except (zipfile.BadZipFile, ValueError, TypeError, LookupError, NotImplementedError, OverflowError, EOFError, struct.error):
+        raise CheckpointError(f"{printable(str(path))} changed while it was read") from None
+
+
+def tells_save(path: Path) -> bool:
+    """True for the metadata of a distributed checkpoint in which every save has a number of its own (torch 2.4 and later)."""
+    return _SAVE_ID.search(path.read_bytes()) is not None
+
+
+def _fingerprint(path: Path, sampled: bool) -> str:
     if path.suffix == ".safetensors":
         return digest(*_safetensors_samples(path))
     if path.suffix == _DISTRIBUTED:
-        return digest(*_last_records(path), *_spread(path, [(0, path.stat().st_size)]))
+        return digest(*_spread(path, [(0, path.stat().st_size)]), *_archives(path, 1 if sampled else _ARCHIVES_MAX))
     if is_legacy(path):
         size = path.stat().st_size
         return digest(
@@ -110,12 +130,30 @@ def _zip_records(path: Path) -> Iterator[str | bytes]:
                 yield from _spread(path, [(info.header_offset, info.header_offset + info.compress_size)])
 
 
-def _last_records(path: Path) -> list[str | bytes]:
+def _archives(path: Path, count: int) -> Iterator[bytes]:
+    """The zip directories, which hold the CRC32s, of the last ``count`` archives in a file of archives, from its end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return list(_zip_records(path))
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, EOFError, struct.error):
-        # Its items went through an extension, such as compression.
-        return []
+        end = os.fstat(descriptor).st_size
+        while end >= _END.size and count:
+            tail = os.pread(descriptor, min(end, _TAIL), max(0, end - _TAIL))
+            if tail[-_END.size : -_END.size + 4] != b"PK\x05\x06":
+                # An item that went through an extension, such as compression.
+                break
+            size, start = struct.unpack_from("<2L", tail, len(tail) - _END.size + 12)
+            behind = _END.size
+            wide = len(tail) - _END.size - _WIDE_END
+            if wide >= 0 and tail[wide : wide + 4] == b"PK\x06\x06":
+                # The form for large archives, which torch writes always, stands before the common one.
+                size, start = struct.unpack_from("<2Q", tail, wide + 40)
+                behind += _WIDE_END
+            directory = end - behind - size
+            if start > directory:
+                break
+            yield os.pread(descriptor, size, directory)
+            end, count = directory - start, count - 1
+    finally:
+        os.close(descriptor)
 
 
 def _header(file: BinaryIO) -> tuple[int, Any]:
@@ -146,14 +184,17 @@ def _incomplete_safetensors(path: Path) -> str | None:
     if size < 8:
         return f"holds {size} bytes, too few for a safetensors header"
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
+        start = file.read(8)
+        if len(start) < 8:
+            return f"holds {len(start)} bytes, too few for a safetensors header"
+        (length,) = struct.unpack("<Q", start)
         if length <= _HEADER_MAX and size < 8 + length:
             return f"holds {size} of the {8 + length} bytes of its header"
         file.seek(0)
         try:
             length, header = _header(file)
             spans = _offsets(header)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
             return f"is no safetensors file ({printable(str(error))[:120]})"
     expected = 8 + length + max((end for _, end in spans), default=0)
     return None if size == expected else f"holds {size} bytes of the {expected} that its header tells"

@@ -8,12 +8,13 @@
     ├── RedisError          exit 1   no Redis answers, or the embedded one cannot be started
     ├── StateError          exit 1   a directory or file of our own cannot be read, written or locked
     └── CheckpointError     exit 1   a checkpoint's files are gone, unreadable or changed
-        └── RefusedError    exit 1   a pickle in it asks for what is not run
+        ├── RefusedError    exit 1   a pickle in it asks for what is not run
+        └── UnreadableError exit 1   it could not be read this time: an error of the disk, or it changed meanwhile
 
 A command prints one of these as one line and ends with its ``exit_code``; anything else is a bug and keeps its traceback.
 """
 
-__all__ = ["AssayerError", "CheckpointError", "EvaluatorError", "RedisError", "RefusedError", "StateError", "UsageError"]
+__all__ = ["AssayerError", "CheckpointError", "EvaluatorError", "RedisError", "RefusedError", "StateError", "UnreadableError", "UsageError"]
 
 
 class AssayerError(Exception):
@@ -48,3 +49,7 @@ class CheckpointError(AssayerError):
 
 class RefusedError(CheckpointError):
     """A pickle asks for a call of a name that is not on the list of those that are known to be harmless."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint could not be read this time; another time may come to another end."""

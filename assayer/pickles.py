@@ -52,7 +52,9 @@ class Inert(metaclass=_Calls):
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.items = {**(self.items or {}), key: value} if isinstance(key, str | int) else self.items
+        if isinstance(key, str | int):
+            self.items = {} if self.items is None else self.items
+            self.items[key] = value
 
     def append(self, value: Any) -> None:
         """Lists and sets by another name keep nothing: no tensor that counts lies in one."""

@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from assayer.errors import AssayerError, CheckpointError
+from assayer.errors import AssayerError, CheckpointError, UnreadableError
 
 __all__ = ["sealed"]
+
+# No honest metadata takes so long (half a million pieces: 4 s).
+_CPU_SECONDS = 600
 
 
 def sealed(function: Callable[[], Iterator[Any]], memory: int) -> Iterator[Any]:
@@ -44,7 +47,7 @@ def sealed(function: Callable[[], Iterator[Any]], memory: int) -> Iterator[Any]:
         # Also when the caller stops half-way: then the child's next write fails.
         _, status = os.waitpid(pid, 0)
     if answer is None:
-        raise CheckpointError(f"the process that read it died (status {os.waitstatus_to_exitcode(status)})")
+        raise UnreadableError(f"the process that read it died (status {os.waitstatus_to_exitcode(status)})")
     if "error" in answer:
         raise CheckpointError(answer["error"])
 
@@ -75,6 +78,7 @@ def _limit(memory: int) -> None:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except (OSError, ValueError):
         taken = 0
+    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     wanted = taken + memory
     resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

@@ -13,7 +13,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from assayer import cli
-from assayer.errors import RedisError, UsageError
+from assayer.errors import RedisError, StateError, UsageError
 from assayer.files import locked, printable
 from assayer.plan import Plan, PlanStore, host_name, state_directory
 from assayer.queues import Connection, chain
@@ -24,6 +24,7 @@ from assayer.queues.enqueue import open_queue
 from assayer.queues.recover import is_dead, is_ours, our_workers, remove_waiting, return_jobs
 from assayer.queues.stop import order_to_stop
 from assayer.worker.launch import Crew
+from assayer.worker.scratch import Scratch
 from assayer.worker.supervise import retire_redis
 
 __all__ = ["main"]
@@ -65,7 +66,7 @@ def main(
         for plan in store.active(chosen.name):
             if not directories or _names(plan, directories):
                 store.stop(plan.id)
-                _say(f"ended the watch of {plan.directory} with {plan.evaluator.name}")
+                _say(f"ended the watch of {plan.directory} with {plan.label}")
         for host in other_hosts(state):
             _say(f"an embedded Redis has data on host {host}: run assayer.shutdown there")
         _say("nothing is running")
@@ -74,7 +75,8 @@ def main(
     if directories:
         _end_some(where, directories, now)
         return
-    _end_watches(where, _plans(where))
+    plans = _plans(where)
+    _end_watches(where, plans)
     chain.break_off(connection, watch_queue_name)
     for name in (watch_queue_name, eval_queue_name):
         count = remove_waiting(open_queue(connection, name))
@@ -84,6 +86,7 @@ def main(
     except BaseException:
         Crew(state, chosen).release_redis()
         raise
+    _sweep_scratch(plans)
     if Crew(state, chosen).has_plans():
         return
     # What a worker that was ended at once had in its hands went back to the queue.
@@ -105,7 +108,7 @@ def _end_watches(where: _Where, plans: list[Plan]) -> None:
         if plan.host == host_name():
             store.stop(plan.id)
         board.remove(plan)
-        _say(f"ended the watch of {plan.directory} with {plan.evaluator.name}")
+        _say(f"ended the watch of {plan.directory} with {plan.label}")
 
 
 def _names(plan: Plan, directories: tuple[str, ...]) -> bool:
@@ -193,6 +196,13 @@ def _stop_redis(where: _Where) -> None:
     with locked(crew.gate):
         retire_redis(crew)
     _say("the embedded Redis still serves others" if Server(where.state).is_running() else "the embedded Redis is stopped")
+
+
+def _sweep_scratch(plans: list[Plan]) -> None:
+    """Removes the merged checkpoints of this host that nobody reads; an evaluation that is queued again merges anew."""
+    for folder in {plan.merging.scratch_dir for plan in plans if plan.host == host_name()}:
+        with contextlib.suppress(StateError, OSError):
+            Scratch(folder, None, lambda key: False).sweep()
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from assayer.archive import Record, read_bytes, read_checked, records_of
-from assayer.errors import CheckpointError
+from assayer.errors import CheckpointError, RefusedError
 from assayer.files import printable
 from assayer.pickles import Inert, Local, Sharded, Unsupported, read_objects, read_tree
 from assayer.tensors import DTYPES, Piece, Tensor, dtype_of, piece_of
@@ -20,6 +20,8 @@ __all__ = ["TorchFile", "leaves", "read_torch_file", "whole_tensors"]
 
 # Entries of a state dict, and how deep they lie: a few bytes of a pickle can hold themselves, or one part under a million names.
 _PARTS_MAX, _DEPTH_MAX = 10_000_000, 100
+# Bytes of a description; a file of ten thousand DTensors takes ten million.
+_DESCRIPTION_MAX = 64 << 20
 # torch's own mark of a file from before 1.6.
 _MAGIC = 0x1950A86A20F9469CFC6C
 Leaf = Local | Sharded | Unsupported
@@ -34,8 +36,8 @@ class TorchFile:
     records: dict[str, Record]
 
 
-def read_torch_file(path: Path, name: str) -> TorchFile:
-    """What a ``torch.save`` file holds.
+def read_torch_file(path: Path, name: str, limit: int = _DESCRIPTION_MAX) -> TorchFile:
+    """What a ``torch.save`` file holds, of which the description of its tensors has at most ``limit`` bytes.
 
     Raises:
         CheckpointError: it is not whole, or asks for a call of a name that is not on the list.
@@ -50,9 +52,13 @@ def read_torch_file(path: Path, name: str) -> TorchFile:
         description, order = records.get("data.pkl"), records.get("byteorder")
         if description is None:
             raise CheckpointError("is a zip, and none of torch.save's (TorchScript is not read)")
+        if description.length > limit:
+            raise RefusedError(f"describes its tensors in {description.length} bytes; {limit} are read")
         if order and read_bytes(descriptor, min(order.length, 16), order.start) != b"little":
             raise CheckpointError("is in another byte order than little-endian; --reader torch reads it")
         return TorchFile(name, read_tree(read_checked(descriptor, description, "the description of its tensors")), records)
+    except (TypeError, AttributeError, ValueError, LookupError) as error:
+        raise CheckpointError(f"{printable(str(path))} holds no state dict that can be read ({printable(str(error))[:120]})") from None
     except CheckpointError as error:
         raise type(error)(f"{printable(str(path))} {error}") from None
     finally:

@@ -5,7 +5,7 @@
 
 import re
 
-from assayer.checkpoint import Listing, Position
+from assayer.checkpoint import Listing, Position, first_absent
 from assayer.formats import hf_dir
 from assayer.tensors import Tensor
 
@@ -53,8 +53,5 @@ def tensors(listing: Listing, variant: str) -> list[Tensor]:
 
 def missing_random_states(listing: Listing) -> str | None:
     """Why accelerate has not finished: each rank writes its random states at the very end."""
-    ranks = sorted(int(found[1]) for name in listing.names if (found := _RANDOM.fullmatch(name)))
-    if not ranks:
-        return "no random_states_0.pkl yet"
-    absent = set(range(ranks[-1] + 1)) - set(ranks)
-    return f"no random_states_{min(absent)}.pkl yet" if absent else None
+    absent = first_absent((int(found[1]) for name in listing.names if (found := _RANDOM.fullmatch(name))), count=1)
+    return None if absent is None else f"no random_states_{absent}.pkl yet"

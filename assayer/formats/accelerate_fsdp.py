@@ -7,7 +7,7 @@
 
 import re
 
-from assayer.checkpoint import Listing, Position
+from assayer.checkpoint import Listing, Position, first_absent
 from assayer.content import incomplete
 from assayer.errors import CheckpointError
 from assayer.formats import accelerate, dcp, hf_dir, rank_files
@@ -35,9 +35,9 @@ def missing(listing: Listing) -> str | None:
         if reason:
             return reason
     ranks = _ranks(listing)
-    absent = set(range(len(ranks))) - set(ranks)
-    if absent:
-        return f"the file of rank {min(absent)} is missing"
+    absent = first_absent(ranks)
+    if absent is not None:
+        return f"the file of rank {absent} is missing"
     for name in (*_full(listing), *ranks.values()):
         problem = incomplete(listing.file(name))
         if problem:

@@ -24,9 +24,13 @@ REFINES: tuple[str, ...] = ()
 FOLDERS = ""
 SHARDED = True
 
+# Folders of other formats that hold an optimizer alone.
+_PART = re.compile(r"optim(izer)?(_\d+)?")
 METADATA = ".metadata"
 SHARD = re.compile(r"__\d+_\d+\.distcp")
 
+# Characters of a name that a sentence shows.
+_SHOWN = 200
 # Bytes of a `.metadata` that is read in this process, by the reader whose memory is bounded by its input.
 _SMALL = 256 << 10
 # A larger one may take so many bytes, and so many for each of its own, in a child (measured: about 12 for each).
@@ -43,7 +47,7 @@ class Stored:
 
 
 def claims(listing: Listing) -> bool:
-    return listing.is_directory and has_shards(listing, "")
+    return listing.is_directory and has_shards(listing, "") and not _PART.fullmatch(listing.name)
 
 
 def missing(listing: Listing) -> str | None:
@@ -80,9 +84,8 @@ def _has_ema(listing: Listing) -> bool:
 
 
 def has_shards(listing: Listing, folder: str) -> bool:
-    """True when a folder of the listing ("" for itself) holds the files of a distributed checkpoint, finished or not."""
-    names = listing.in_folder(folder)
-    return METADATA in names or any(SHARD.fullmatch(name) for name in names)
+    """True when a folder of the listing ("" for itself) holds shards of a distributed checkpoint, finished or not."""
+    return any(SHARD.fullmatch(name) for name in listing.in_folder(folder))
 
 
 def weights_in(listing: Listing, folder: str) -> tuple[str, ...]:
@@ -109,12 +112,12 @@ def missing_in(listing: Listing, folder: str, metadata: Sequence[str] = (METADAT
         for file, end in sorted(ends.items()):
             shard = listing.entry(prefix + file)
             if shard is None:
-                return f"{printable(prefix + file)} is missing"
+                return f"{_shown(prefix + file)} is missing"
             if shard.size < end:
-                return f"{printable(prefix + file)} holds {shard.size} bytes of the {end} that {name} tells"
+                return f"{_shown(prefix + file)} holds {shard.size} bytes of the {end} that {name} tells"
             if shard.mtime_ns > told.mtime_ns:
                 return (
-                    f"{printable(prefix + file)} is younger than {name}: it is being saved again, or that broke off "
+                    f"{_shown(prefix + file)} is younger than {name}: it is being saved again, or that broke off "
                     f"(of a copy that is known to be whole, touch {name})"
                 )
     return None
@@ -169,8 +172,13 @@ def chosen(stored: list[Stored], variant: str) -> list[Tensor]:
 def _refuse_names(files: set[str], names: frozenset[str]) -> None:
     for file in files - names:
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise CheckpointError(f"names a file outside of the checkpoint: {printable(file)}")
-        raise CheckpointError(f"names the file {printable(file)}, which is missing")
+            raise CheckpointError(f"names a file outside of the checkpoint: {_shown(file)}")
+        raise CheckpointError(f"names the file {_shown(file)}, which is missing")
+
+
+def _shown(name: str) -> str:
+    """A name from a file that may hold anything, short enough for a sentence."""
+    return printable(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...")
 
 
 def _parsed(path: Path, extract: Callable[[Inert], Iterator[Any]]) -> Iterator[Any]:

@@ -6,10 +6,10 @@ up every tensor. (torch's own reader fills what it does not find with whatever l
 
 import re
 
-from assayer.checkpoint import Listing, Position
+from assayer.checkpoint import Listing, Position, first_absent
 from assayer.errors import CheckpointError
 from assayer.files import natural_key
-from assayer.formats import dcp
+from assayer.formats import dcp, rank_files
 from assayer.tensors import Tensor, cover
 
 REFINES = ("dcp",)
@@ -27,10 +27,9 @@ def missing(listing: Listing) -> str | None:
     reason = dcp.missing_in(listing, "", _metadata(listing))
     if reason:
         return reason
-    ranks = {int(re.findall(r"\d+", name)[0]) for name in _metadata(listing)}
-    absent = set(range(max(ranks) + 1)) - ranks
-    if absent:
-        return f"no __{min(absent)}.metadata yet"
+    absent = first_absent(int(re.findall(r"\d+", name)[0]) for name in _metadata(listing))
+    if absent is not None:
+        return f"no __{absent}.metadata yet"
     try:
         for stored in dcp.read(listing, "", _metadata(listing)):
             cover(stored.tensor)
@@ -40,7 +39,7 @@ def missing(listing: Listing) -> str | None:
 
 
 def unmarked(listing: Listing) -> str | None:
-    return None
+    return rank_files.apart(listing, _metadata(listing))
 
 
 def position(listing: Listing) -> Position:

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from assayer.checkpoint import Listing, Position
+from assayer.checkpoint import Listing, Position, first_absent
 from assayer.content import incomplete
 from assayer.errors import CheckpointError
 from assayer.files import printable
@@ -29,10 +29,9 @@ def claims(listing: Listing) -> bool:
 
 
 def missing(listing: Listing) -> str | None:
-    ranks = {int(found[1]) for name in listing.names if (found := _SHARD.fullmatch(name))}
-    absent = set(range(1, max(ranks) + 1)) - ranks
-    if absent:
-        return f"no shard-{min(absent):05d}-model-*.safetensors yet"
+    absent = first_absent(int(found[1]) - 1 for name in listing.names if (found := _SHARD.fullmatch(name)))
+    if absent is not None:
+        return f"no shard-{absent + 1:05d}-model-*.safetensors yet"
     for name in weights(listing):
         problem = incomplete(listing.file(name))
         if problem:

@@ -35,14 +35,10 @@ def claims(listing: Listing) -> bool:
 
 
 def missing(listing: Listing) -> str | None:
-    tag = _tag(listing)
-    assert tag is not None
-    path = f"{listing.path.rstrip('/')}/latest" if tag else f"{listing.path.rstrip('/').rpartition('/')[0]}/latest"
-    named = _text(path)
-    if named is None:
-        return "no `latest` yet"
-    if natural_key(named) < natural_key(tag or listing.name):
-        return f"`latest` still names {printable(named)}"
+    tag, named = _number(_own_tag(listing)), _latest(listing)
+    last = None if named is None else _number(named)
+    if tag is not None and last is not None and last < tag:
+        return f"`latest` still names {printable(named or '')[:100]}"
     for name in weights(listing):
         problem = incomplete(listing.file(name))
         if problem:
@@ -58,7 +54,13 @@ def missing(listing: Listing) -> str | None:
 
 
 def unmarked(listing: Listing) -> str | None:
-    return None
+    """A run may be told not to write `latest`; and tags such as ``best`` have no order."""
+    tag, named = _own_tag(listing), _latest(listing)
+    if named is None:
+        return "no `latest`"
+    if named == tag or (_number(named) is not None and _number(tag) is not None):
+        return None
+    return f"`latest` names {printable(named)[:100]}"
 
 
 def position(listing: Listing) -> Position:
@@ -113,7 +115,8 @@ class _Parts:
 def _tag(listing: Listing) -> str | None:
     """The folder of the listing that holds the files ("" for itself); None when this is no such checkpoint."""
     if any(_MODEL.fullmatch(name) for name in listing.in_folder("")):
-        return ""
+        # Inside a Trainer's checkpoint the tag's folder is a part of that.
+        return None if re.fullmatch(r"checkpoint-\d+", listing.path.rstrip("/").split("/")[-2]) else ""
     allowed = r"pytorch_model(_\d+)?"
     if re.fullmatch(r"checkpoint-\d+", listing.name):
         allowed += r"|global_step\d+"
@@ -124,12 +127,23 @@ def _tag(listing: Listing) -> str | None:
     return found[-1] if found else None
 
 
-def _text(path: str) -> str | None:
+def _own_tag(listing: Listing) -> str:
+    return _tag(listing) or listing.name
+
+
+def _latest(listing: Listing) -> str | None:
+    """The tag that `latest` names; None when there is no such file."""
+    folder = listing.path.rstrip("/") if _tag(listing) else listing.path.rstrip("/").rpartition("/")[0]
     try:
-        with open(path, errors="replace") as file:
+        with open(f"{folder}/latest", errors="replace") as file:
             return file.read(1000).strip()
-    except OSError:
+    except FileNotFoundError:
         return None
+
+
+def _number(tag: str) -> int | None:
+    found = re.fullmatch(r"\D*(\d{1,18})", tag)
+    return int(found[1]) if found else None
 
 
 def _files(listing: Listing, pattern: re.Pattern[str]) -> list[str]:
@@ -142,9 +156,13 @@ def _absent(listing: Listing) -> str | None:
     files = _files(listing, _OPTIM)
     if not files:
         return None if _stage_of(listing) == 0 else "no *_optim_states.pt yet"
-    state = _optimizer(read_torch_file(listing.file(files[0]), files[0]))
-    world = _world(state)
-    return None if len(files) == world else f"{len(files)} of {world} *_optim_states.pt are there"
+    models = _files(listing, _MODEL)
+    # Each rank of tensor parallelism has files of its own for every rank of data parallelism.
+    parallel = len({found[2] for name in models if (found := _MODEL.fullmatch(name.rpartition("/")[2]))})
+    wanted = parallel * _world(_optimizer(read_torch_file(listing.file(files[0]), files[0])))
+    if models[0].rpartition("/")[2].startswith("zero_pp_rank_") and len(models) != wanted:
+        return f"{len(models)} of {wanted} *_model_states.pt are there"
+    return None if len(files) == wanted else f"{len(files)} of {wanted} *_optim_states.pt are there"
 
 
 def _stage_of(listing: Listing) -> int:
@@ -165,8 +183,9 @@ def _optimizer(file: TorchFile) -> dict[str, Any]:
 
 def _world(state: dict[str, Any]) -> int:
     count = state.get("partition_count")
-    world = max(count) if isinstance(count, list | tuple) and count else count
-    if not isinstance(world, int) or world < 1:
+    counts = list(count) if isinstance(count, list | tuple) else [count]
+    world = max((n for n in counts if isinstance(n, int)), default=0)
+    if not 1 <= world < 10**6:
         raise CheckpointError("the optimizer's files do not tell their number (partition_count)")
     return world
 

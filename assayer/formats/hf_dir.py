@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from assayer.checkpoint import Listing, Position
+from assayer.checkpoint import Listing, Position, count_of
 from assayer.containers import model_names
 from assayer.content import incomplete
 from assayer.errors import CheckpointError
@@ -17,9 +17,9 @@ from assayer.formats import single_file
 from assayer.tensors import Tensor
 from assayer.torch_file import leaves, read_torch_file, whole_tensors
 
-# With the gathered weights at hand, DeepSpeed's shards beside them, or those that were consolidated, are not needed.
+# With the gathered weights at hand, DeepSpeed's shards inside, or those that were consolidated, are not needed.
 REFINES = ("deepspeed", "dcp_safetensors")
-FOLDERS = r"global_step\d+|sharded|optimizer_\d+"
+FOLDERS = r"sharded|optimizer_\d+"
 SHARDED = False
 
 STATE = "trainer_state.json"
@@ -77,18 +77,13 @@ def unmarked(listing: Listing) -> str | None:
 def position(listing: Listing) -> Position:
     named = single_file.position_in(listing.name)
     state = (_state(listing) if STATE in listing.names else None) or {}
-    step, tokens = (_count(state.get(key)) for key in ("global_step", "num_input_tokens_seen"))
+    step, tokens = (count_of(state.get(key)) for key in ("global_step", "num_input_tokens_seen"))
     epoch = state.get("epoch")
     return Position(
         step=named.step if step is None else step,
         epoch=float(epoch) if isinstance(epoch, int | float) and abs(epoch) < _COUNT_MAX else named.epoch,
         tokens=tokens or None,
     )
-
-
-def _count(value: object) -> int | None:
-    """``value`` where it is a count; what a damaged or hostile file holds in its place is none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _COUNT_MAX else None
 
 
 def weights(listing: Listing) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ do not say how many they are: the first holds the embedding, the last the final 
 import json
 import re
 
-from assayer.checkpoint import Listing, Position
+from assayer.checkpoint import Listing, Position, count_of
 from assayer.errors import CheckpointError
 from assayer.files import printable
 from assayer.formats import dcp
@@ -64,7 +64,7 @@ def position(listing: Listing) -> Position:
         step, tokens = told.get("step"), told.get("tokens_seen")
     except (OSError, ValueError, AttributeError, RecursionError):
         return named
-    return Position(step=step if isinstance(step, int) else named.step, tokens=tokens if isinstance(tokens, int) else None)
+    return Position(step=named.step if count_of(step) is None else count_of(step), tokens=count_of(tokens))
 
 
 def weights(listing: Listing) -> tuple[str, ...]:

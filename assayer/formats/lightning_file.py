@@ -5,7 +5,7 @@ Names there begin with the attribute of the LightningModule that holds the netwo
 
 from dataclasses import replace
 
-from assayer.checkpoint import Listing, Position
+from assayer.checkpoint import Listing, Position, count_of
 from assayer.errors import CheckpointError
 from assayer.formats import single_file
 from assayer.tensors import Tensor
@@ -14,6 +14,9 @@ from assayer.torch_file import read_torch_file
 REFINES = ("single_file",)
 FOLDERS = ""
 SHARDED = False
+
+# Bytes of a description that is read for a position alone.
+_GLANCE = 4 << 20
 
 missing = single_file.missing
 unmarked = single_file.unmarked
@@ -33,11 +36,11 @@ def position(listing: Listing) -> Position:
 def position_inside(listing: Listing, name: str) -> Position:
     """``global_step`` and ``epoch`` as Lightning keeps them in a file; none while it cannot be read."""
     try:
-        tree = read_torch_file(listing.file(name), name).tree
+        tree = read_torch_file(listing.file(name), name, _GLANCE).tree
     except (CheckpointError, OSError):
         return Position()
     step, epoch = (tree.get(name) if isinstance(tree, dict) else None for name in ("global_step", "epoch"))
-    return Position(step=step if isinstance(step, int) else None, epoch=epoch if isinstance(epoch, int) else None)
+    return Position(step=count_of(step), epoch=count_of(epoch))
 
 
 def variants(listing: Listing) -> tuple[str, ...]:

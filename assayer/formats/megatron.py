@@ -27,6 +27,12 @@ def missing(listing: Listing) -> str | None:
     return dcp.missing(listing) or (None if _MARK in listing.names else f"no {_MARK} yet")
 
 
+def missing_mark(listing: Listing, folder: str) -> str | None:
+    """Why Megatron-Core has not finished in a folder that is one of its own."""
+    names = listing.in_folder(folder)
+    return f"no {folder}/{_MARK} yet" if "common.pt" in names and _MARK not in names else None
+
+
 def unmarked(listing: Listing) -> str | None:
     return None
 
@@ -44,7 +50,12 @@ def variants(listing: Listing) -> tuple[str, ...]:
 
 
 def tensors(listing: Listing, variant: str) -> list[Tensor]:
-    stored = [item for item in dcp.read(listing, "") if not item.path[0].startswith("optimizer.")]
+    return tensors_in(listing, "", variant)
+
+
+def tensors_in(listing: Listing, folder: str, variant: str) -> list[Tensor]:
+    """The model's tensors in one folder of the listing, unless Megatron-Core has fused them."""
+    stored = [item for item in dcp.read(listing, folder) if not item.path[0].startswith("optimizer.")]
     fused = next((item.tensor.name for item in stored if _FUSED.fullmatch(item.tensor.name)), None)
     if fused:
         raise CheckpointError(

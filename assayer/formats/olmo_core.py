@@ -6,7 +6,7 @@ of its own for places in files.
 
 import re
 
-from assayer.checkpoint import Listing, Position
+from assayer.checkpoint import Listing, Position, count_of
 from assayer.errors import CheckpointError
 from assayer.formats import dcp
 from assayer.tensors import Tensor
@@ -45,7 +45,7 @@ def position(listing: Listing) -> Position:
     except (CheckpointError, OSError):
         return named
     tokens = tree.get("global_train_tokens_seen") if isinstance(tree, dict) else None
-    return Position(step=named.step, tokens=tokens if isinstance(tokens, int) else None)
+    return Position(step=named.step, tokens=count_of(tokens))
 
 
 def weights(listing: Listing) -> tuple[str, ...]:

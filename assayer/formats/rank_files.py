@@ -6,8 +6,9 @@ whole when all ranks' files are whole, in every folder that has some, and rank 0
 """
 
 import re
+from collections.abc import Iterable
 
-from assayer.checkpoint import Listing, Position
+from assayer.checkpoint import Listing, Position, first_absent
 from assayer.containers import model_names
 from assayer.content import incomplete
 from assayer.errors import CheckpointError
@@ -22,14 +23,18 @@ REFINES = ("accelerate_fsdp", "hf_dir", "accelerate")
 FOLDERS = r"pytorch_model_fsdp_\d+|pytorch_ema_model_fsdp_\d+|optimizer|extra_state|dataloader_state|actor|critic|huggingface"
 SHARDED = True
 
+# Seconds between the ranks' files of one save; when they are further apart, the quiet period decides.
+_SPREAD = 1.0
 _FILE = re.compile(r"((?:[^/]+/)?)(\w+)_world_size_(\d+)_rank_(\d+)\.pt")
 _REGULAR = re.compile(r"(?:(?:pytorch_model_fsdp_\d+|actor)/)?model_world_size_\d+_rank_\d+\.pt")
 _EMA = re.compile(r"pytorch_ema_model_fsdp_\d+/model_world_size_\d+_rank_\d+\.pt")
+_EMA_FOLDER = re.compile(r"pytorch_ema_model_fsdp_\d+")
 _CONFIG = ("config.json", "fsdp_config.json", "actor/fsdp_config.json", "huggingface/config.json", "data.pt")
 
 
 def claims(listing: Listing) -> bool:
-    return listing.is_directory and any(_REGULAR.fullmatch(name) for name in listing.names)
+    # The average's folder is a part of the checkpoint around it, also before the first regular file is there.
+    return listing.is_directory and not _EMA_FOLDER.fullmatch(listing.name) and any(_REGULAR.fullmatch(name) for name in listing.names)
 
 
 def missing(listing: Listing) -> str | None:
@@ -37,17 +42,20 @@ def missing(listing: Listing) -> str | None:
     worlds: dict[tuple[str, str], set[int]] = {}
     for name in listing.names:
         found = _FILE.fullmatch(name)
-        if found:
+        # verl's critic is another model, of a world of its own.
+        if found and not found[1].startswith("critic/"):
             groups.setdefault((found[1], found[2]), {})[int(found[4])] = name
             worlds.setdefault((found[1], found[2]), set()).add(int(found[3]))
-    sizes = set().union(*worlds.values())
-    if len(sizes) > 1:
-        return f"holds the files of runs on {' and '.join(map(str, sorted(sizes)))} ranks"
-    (world,) = sizes
     for (folder, kind), files in sorted(groups.items()):
-        absent = set(range(world)) - set(files)
-        if absent:
-            return f"no {folder}{kind}_world_size_{world}_rank_{min(absent)}.pt yet"
+        sizes = worlds[folder, kind]
+        if len(sizes) > 1:
+            return f"holds the files of runs on {' and '.join(map(str, sorted(sizes)))} ranks"
+        (world,) = sizes
+        absent = first_absent(files, count=world)
+        if absent is not None and absent < world:
+            return f"no {folder}{kind}_world_size_{world}_rank_{absent}.pt yet"
+        if len(files) > world or world < 1:
+            return f"holds the file of rank {max(files)} of {world}"
     for name in weights(listing):
         problem = incomplete(listing.file(name))
         if problem:
@@ -56,7 +64,16 @@ def missing(listing: Listing) -> str | None:
 
 
 def unmarked(listing: Listing) -> str | None:
-    return None if any(name in listing.names for name in _CONFIG) else "no config.json"
+    if not any(name in listing.names for name in _CONFIG):
+        return "no config.json"
+    return apart(listing, weights(listing))
+
+
+def apart(listing: Listing, names: Iterable[str]) -> str | None:
+    """Why only time can tell whether all ranks' files are of one save: between theirs, files of an older one may still lie there."""
+    times = [e.mtime_ns for e in listing.entries if e.name in set(names)]
+    spread = (max(times) - min(times)) / 1e9
+    return f"its files were written {spread:.0f} s apart: perhaps it is being saved again" if spread > _SPREAD else None
 
 
 def position(listing: Listing) -> Position:

@@ -22,10 +22,11 @@ SHARDED = False
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 _NEVER = re.compile(
-    r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args|train_state|trainer_state|training_state)\b"
-    r"|(optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint)[_-]?\d*([_-]\d+)?\.(pt|pth|bin)$"
-    r"|.*(world_size|rank|mp_rank|optim_states|model_states)[_-]?\d*\b.*\.pt$"
-    r"|(per_rank_)?metadata(_\d+)*\.pt$|(common|meta)\.pt$"
+    r"(optim|optimizer|opt|opt_state|scheduler|lr_scheduler|scaler|sampler|rng|rng_state|random_states|custom_checkpoint)([_.-]|\d|$)"
+    r"|(training_args|train_state|trainer_state|training_state|recipe_state|model_optim_rng|distrib_optim|dl_state_dict)\b"
+    r"|(data|dataloader|common|meta)\.(pt|bin)$|(per_rank_)?metadata(_\d+|_latest)*\.pt$"
+    # One rank's share: named so, or numbered from 1 on where rank 0 holds all.
+    r"|.*(world_size|mp_rank|optim_states|model_states)[_-]?\d*\b.*\.pt$|(.*_)?rank[_-]?\d+\.pt$|ep\d+-ba\d+-rank[1-9]\d*\.pt$"
     r"|pytorch_model.*\.bin$|adapter_model\b|tf_model|flax_model"
     r"|.*-\d+-of-\d+\.(safetensors|bin)$"
 )
@@ -39,8 +40,10 @@ def claims(listing: Listing) -> bool:
 
 
 def missing(listing: Listing) -> str | None:
-    if os.path.lexists(f"{listing.path}-unfinished"):
-        return f"{listing.name}-unfinished lies beside it"
+    for mark in (listing.path, re.sub(r"(-EMA)?\.\w+$", "", listing.path)):
+        # NeMo's leaves out the suffix, and that it is an average.
+        if os.path.lexists(f"{mark}-unfinished"):
+            return f"{os.path.basename(mark)}-unfinished lies beside it"
     return incomplete(listing.file(listing.name))
 
 

@@ -15,6 +15,8 @@ from assayer.merge.names import Target
 __all__ = ["check_model"]
 
 _SHOWN = 5
+# What a config asks of the machine that loads it, and not of the weights.
+_OF_THIS_MACHINE = ("attn_implementation", "_attn_implementation", "quantization_config")
 
 
 def check_model(wanted: Sequence[Target], config: dict[str, Any]) -> str | None:
@@ -38,15 +40,20 @@ def check_model(wanted: Sequence[Target], config: dict[str, Any]) -> str | None:
     if known not in transformers.CONFIG_MAPPING:
         return f"not checked against a model: transformers knows no model type {printable(str(known))!r}"
     try:
-        made = transformers.AutoConfig.for_model(**config)
+        made = transformers.AutoConfig.for_model(**{key: value for key, value in config.items() if key not in _OF_THIS_MACHINE})
     except Exception as error:
         # A config's values are checked by whatever raises what it likes.
-        raise UsageError(f"config.json describes no model: {' '.join(printable(str(error)).split())[:300]}") from None
+        return _not_checked(error)
     kind = _class_of(transformers, made)
     if kind is None:
-        return f"not checked against a model: transformers has no {printable(', '.join(map(str, made.architectures or ())) or type(made).__name__)}"
+        return f"not checked against a model: transformers has no {printable(str(made.architectures or type(made).__name__))}"
     state = {t.name: torch.empty(t.shape, dtype=getattr(torch, t.dtype.torch), device="meta") for t in wanted}
-    missing, unexpected, misshapen = _compare(torch, transformers, kind, made, state)
+    try:
+        with torch.device("meta"):
+            model = kind(made)
+        missing, unexpected, misshapen = _compare(model, made, state)
+    except Exception as error:
+        return _not_checked(error)
     problems = [
         f"{len(found)} {what} ({_some(found)})"
         for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
@@ -62,7 +69,8 @@ def check_model(wanted: Sequence[Target], config: dict[str, Any]) -> str | None:
 
 def _class_of(transformers: Any, config: Any) -> Any:
     """The model's class: the architecture that the config names, else the one with a head that goes with its type."""
-    for name in config.architectures or ():
+    names = config.architectures
+    for name in names if isinstance(names, list) else ():
         kind = getattr(transformers, str(name), None)
         return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
     for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel"):
@@ -72,13 +80,13 @@ def _class_of(transformers: Any, config: Any) -> Any:
     return None
 
 
-def _compare(torch: Any, transformers: Any, kind: Any, config: Any, state: dict[str, Any]) -> tuple[list[str], list[str], list[str]]:
+def _not_checked(error: Exception) -> str:
+    text = " ".join(printable(str(error)).split())[:300]
+    return f"not checked against a model, which cannot be made from config.json: {type(error).__name__}: {text}"
+
+
+def _compare(model: Any, config: Any, state: dict[str, Any]) -> tuple[list[str], list[str], list[str]]:
     """Missing, unexpected and misshapen names."""
-    try:
-        with torch.device("meta"):
-            model = kind(config)
-    except Exception as error:
-        raise UsageError(f"config.json describes no {kind.__name__}: {' '.join(printable(str(error)).split())[:300]}") from None
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = _tied(model, config)
     direct = {name: tuple(value.shape) for name, value in state.items()}
@@ -88,7 +96,7 @@ def _compare(torch: Any, transformers: Any, kind: Any, config: Any, state: dict[
     ):
         return [], [], [f"{n} {list(direct[n])}, the model's is {list(s)}" for n, s in expected.items() if n in direct and direct[n] != s]
     # By names of older files, which transformers renames and puts together while it loads.
-    _, told = kind.from_pretrained(
+    _, told = type(model).from_pretrained(
         None, config=config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta", dtype="auto"
     )
     misshapen = [f"{entry[0]} {list(entry[1])}, the model's is {list(entry[2])}" for entry in told.get("mismatched_keys", ())]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from assayer.checkpoint import Checkpoint
-from assayer.errors import UsageError
+from assayer.errors import AssayerError, UnreadableError, UsageError
 from assayer.files import printable, write_whole
 from assayer.tensors import Dtype
 
@@ -65,9 +65,11 @@ def companions(checkpoint: Checkpoint, hf_config: str | None, tokenizer: str | N
         UsageError: what was given is not there, or no config.
     """
     places = list(_places(Path(checkpoint.path)))
+    # What lies in a checkpoint may have come from anywhere: its links are followed no further than the run.
+    run = os.path.realpath(Path(checkpoint.path).parent)
     files: dict[str, Path] = {}
     for place in reversed(places):
-        files |= _found(place)
+        files |= {name: path for name, path in _found(place).items() if Path(os.path.realpath(path)).is_relative_to(run)}
     if hf_config is not None:
         given = Path(hf_config)
         if given.is_dir():
@@ -83,7 +85,7 @@ def companions(checkpoint: Checkpoint, hf_config: str | None, tokenizer: str | N
         if not found:
             raise UsageError(f"--tokenizer {printable(tokenizer)} holds no tokenizer's files")
         files = {name: path for name, path in files.items() if not _TOKENIZER.fullmatch(name)} | found
-    return Companions(files, _config(files.get(CONFIG)))
+    return Companions(files, _config(files.get(CONFIG), UsageError if hf_config is not None else UnreadableError))
 
 
 def _places(path: Path) -> Iterator[Path]:
@@ -103,15 +105,15 @@ def _found(folder: Path) -> dict[str, Path]:
     return {n: folder / n for n in names if (n in wanted or _TOKENIZER.fullmatch(n) or _CODE.fullmatch(n)) and (folder / n).is_file()}
 
 
-def _config(path: Path | None) -> dict[str, Any] | None:
+def _config(path: Path | None, kind: type[AssayerError]) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{printable(str(path))} is no config that can be read ({printable(str(error))[:100]})") from None
+        raise kind(f"{printable(str(path))} is no config that can be read ({printable(str(error))[:100]})") from None
     if not isinstance(config, dict):
-        raise UsageError(f"{printable(str(path))} is no config: it must hold a table")
+        raise kind(f"{printable(str(path))} is no config: it must hold a table")
     return config
 
 

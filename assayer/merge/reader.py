@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from assayer.archive import Record
 from assayer.checkpoint import Listing
-from assayer.errors import CheckpointError
+from assayer.errors import CheckpointError, UnreadableError
 from assayer.files import printable
 from assayer.tensors import Piece, Tensor, open_piece
 
@@ -161,7 +161,7 @@ class Source:
         try:
             descriptor = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise CheckpointError(f"{printable(str(self.path(file)))} cannot be read: {error.strerror}") from None
+            raise UnreadableError(f"{printable(str(self.path(file)))} cannot be read: {error.strerror}") from None
         with self._lock:
             self._all.append(descriptor)
             if len(held) >= _OPEN_MAX:
@@ -192,7 +192,7 @@ class Source:
             try:
                 count = os.preadv(descriptor, [block[filled:]], start + filled)
             except OSError as error:
-                raise CheckpointError(f"{printable(str(self.path(file)))} cannot be read at byte {start}: {error.strerror}") from None
+                raise UnreadableError(f"{printable(str(self.path(file)))} cannot be read at byte {start}: {error.strerror}") from None
             if count == 0:
                 where = f"{printable(str(self.path(file)))} ends at byte {start + filled}"
                 raise CheckpointError(f"{where}, at least {len(block) - filled} bytes before it should")
@@ -210,7 +210,7 @@ class Source:
             return open_piece(piece, tensor.dtype, self.descriptor(piece.file))
         except CheckpointError as error:
             where = f"{printable(str(self.path(piece.file)))} at byte {piece.start}, for {printable(tensor.name)},"
-            raise CheckpointError(f"{where} {error}") from None
+            raise type(error)(f"{where} {error}") from None
 
     def crc(self, piece: Piece, tensor: str) -> Crc | None:
         """What checks the bytes of an opened piece as they go by; None when nothing is to be checked."""

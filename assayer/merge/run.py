@@ -15,7 +15,7 @@ from typing import Any
 from assayer import formats
 from assayer.checkpoint import Found, list_path
 from assayer.containers import VARIANTS
-from assayer.errors import CheckpointError, StateError, UsageError
+from assayer.errors import CheckpointError, StateError, UnreadableError, UsageError
 from assayer.files import printable, short_name, write_json
 from assayer.merge.hf import Companions, companions, is_tied
 from assayer.merge.names import Target, head_size, key_map, targets
@@ -134,6 +134,7 @@ def run(
     options: Options,
     started: Callable[[int], None] = lambda total: None,
     advance: Callable[[int], None] = lambda done: None,
+    reserve: Callable[[int], None] = lambda total: None,
     flush: bool = True,
 ) -> Merged:
     """Merges a checkpoint that is known; see ``merge``.
@@ -144,6 +145,7 @@ def run(
         options: how.
         started: is told the bytes of the output's weights, before the first is copied.
         advance: is told bytes written, from any thread.
+        reserve: is told the bytes of all files, before the first is made; may refuse.
         flush: to the disk before the directory gets its name.
 
     Raises:
@@ -170,6 +172,7 @@ def run(
             if is_tied(plan.around.config):
                 plan = _without_tied(plan, source)
             check_room(output.parent, plan.nbytes + plan.around.nbytes)
+            reserve(plan.nbytes + plan.around.nbytes)
             started(plan.nbytes)
             files = layout(plan.wanted, size_in_bytes(options.max_shard_size))
             head_rows = head_size(plan.around.config) if any(t.form == "pairs" for t in plan.wanted) else 0
@@ -221,12 +224,12 @@ def prepare(found: Found, options: Options, holder: Found | None = None, variant
             raise CheckpointError(f"{printable(found.checkpoint.path)} is not whole: {reason}")
         tensors = form.tensors(holder.listing, variant or options.checkpoint_type)
     except OSError as error:
-        raise CheckpointError(f"{printable(str(error.filename or found.checkpoint.path))} cannot be read: {error.strerror}") from None
+        raise UnreadableError(f"{printable(str(error.filename or found.checkpoint.path))} cannot be read: {error.strerror}") from None
     except CheckpointError as error:
         text = str(error)
         if found.checkpoint.path not in text:
             text = f"{printable(found.checkpoint.path)}: {text}"
-        raise CheckpointError(text) from None
+        raise type(error)(text) from None
     dtype = None if options.dtype == "keep" else DTYPES[options.dtype]
     wanted = targets(tensors, key_map(options.key_map), dtype)
     if not wanted:
@@ -438,10 +441,10 @@ def refuse_changed(found: Found) -> None:
     try:
         now = list_path(found.listing.path, formats.of(found.checkpoint).FOLDERS)
     except OSError:
-        raise CheckpointError(f"{printable(found.checkpoint.path)} was deleted while it was read") from None
+        raise UnreadableError(f"{printable(found.checkpoint.path)} was deleted while it was read") from None
     names = set(formats.of(found.checkpoint).weights(found.listing))
     if _kept(now.entries, names) != _kept(found.listing.entries, names):
-        raise CheckpointError(f"{printable(found.checkpoint.path)} changed while it was read; merge it again")
+        raise UnreadableError(f"{printable(found.checkpoint.path)} changed while it was read; merge it again")
 
 
 def _kept(entries: Sequence[Any], names: set[str]) -> list[tuple[Any, ...]]:

@@ -1,12 +1,18 @@
 """Is a checkpoint whole? None, or the sentence why not yet, which ``assayer status`` shows."""
 
+import os
+import time
 from dataclasses import dataclass, replace
 
 from assayer import formats
 from assayer.checkpoint import Checkpoint, Found, Listing, identity, list_path
 from assayer.errors import CheckpointError
+from assayer.files import printable
 
 __all__ = ["Seen", "examine", "why_not"]
+
+# How many times as long as a look into a checkpoint took, an unchanged one is left alone.
+_REST = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +27,9 @@ class Seen:
     unmarked: str | None = None
     identity: str | None = None
     variants: tuple[str, ...] = ()
+    # When it was last looked into, and for how long.
+    examined: float = 0.0
+    took: float = 0.0
 
     @property
     def is_whole(self) -> bool:
@@ -51,20 +60,32 @@ def examine(found: Found, before: Seen | None, now: float, first_look: bool, qui
         if before.is_whole:
             return before
         since = before.since
+        if before.missing and now - before.examined < _REST * before.took:
+            # Nothing has changed here, and to look again takes long.
+            return before
     else:
         since = min(now, found.listing.changed_ns / 1e9) if first_look else now
-    seen = Seen(found.checkpoint, found.listing, signature, since)
-    form = formats.of(found.checkpoint)
+    began = time.monotonic()
+    seen = _examined(Seen(found.checkpoint, found.listing, signature, since), now, quiet_period)
+    return replace(seen, examined=now, took=time.monotonic() - began)
+
+
+def _examined(seen: Seen, now: float, quiet_period: float) -> Seen:
+    form = formats.of(seen.checkpoint)
     try:
-        seen = replace(seen, missing=form.missing(found.listing))
+        seen = replace(seen, missing=form.missing(seen.listing))
         if seen.missing is None:
-            seen = replace(seen, unmarked=form.unmarked(found.listing))
+            seen = replace(seen, unmarked=form.unmarked(seen.listing))
         if why_not(seen, now, quiet_period) is None:
             seen = _with_identity(seen)
     except FileNotFoundError:
         return replace(seen, missing="is being deleted or replaced")
     except OSError as error:
-        return replace(seen, missing=f"cannot be read: {error.strerror}")
+        file = f"{printable(os.path.basename(str(error.filename)))} " if error.filename else ""
+        return replace(seen, missing=f"{file}cannot be read: {error.strerror}")
+    except Exception as error:
+        # What one checkpoint's files hold must never keep the others from being looked at.
+        return replace(seen, missing=f"cannot be read ({type(error).__name__}: {printable(str(error))[:200]})")
     return seen
 
 

@@ -86,16 +86,19 @@ def _walk(path: str, depth: int, max_depth: int, known: Mapping[str, Known], fou
         if re.fullmatch(formats.all_folders(), name):
             with contextlib.suppress(OSError):
                 inside += list_files(os.path.join(path, name), f"{name}/")[0]
-    checkpoint = _identify(Listing(path, True, tuple(inside)), known)
+    checkpoint = _identify(Listing(path, True, tuple(inside)), known, problems)
     own = ""
+    taken: frozenset[str] = frozenset()
     if checkpoint:
         found.append(checkpoint)
-        own = formats.of(checkpoint.checkpoint).FOLDERS
-    elif depth < max_depth:
+        form = formats.of(checkpoint.checkpoint)
+        own, taken = form.FOLDERS, frozenset(form.weights(checkpoint.listing))
+    # Beside a final export in a run's own directory, numbered files are checkpoints as before; inside a numbered one, nothing is.
+    if depth < max_depth and (checkpoint is None or checkpoint.checkpoint.position.number is None):
         for entry in files:
-            if not is_temporary(entry.name):
-                single = _identify(Listing(os.path.join(path, entry.name), False, (entry,)), known)
-                if single:
+            if not is_temporary(entry.name) and entry.name not in taken:
+                single = _identify(Listing(os.path.join(path, entry.name), False, (entry,)), known, problems)
+                if single and (checkpoint is None or single.checkpoint.position.number is not None):
                     found.append(single)
     if depth < max_depth:
         for name in folders:
@@ -103,7 +106,7 @@ def _walk(path: str, depth: int, max_depth: int, known: Mapping[str, Known], fou
                 _walk(os.path.join(path, name), depth + 1, max_depth, known, found, problems)
 
 
-def _identify(listing: Listing, known: Mapping[str, Known]) -> Found | None:
+def _identify(listing: Listing, known: Mapping[str, Known], problems: list[str]) -> Found | None:
     before = known.get(listing.path)
     if before and before.listing == listing:
         return Found(before.checkpoint, before.listing)
@@ -111,4 +114,8 @@ def _identify(listing: Listing, known: Mapping[str, Known]) -> Found | None:
         return formats.identify(listing)
     except OSError:
         # A marker that vanished between listing and reading: the next look sees what is there then.
+        return None
+    except Exception as error:
+        # What one checkpoint's files hold must never keep the others from being seen.
+        problems.append(f"cannot make out {printable(listing.path)}: {type(error).__name__}: {printable(str(error))[:200]}")
         return None

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import json
 import logging
 import os
 import platform
@@ -11,8 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from rq import Retry, get_current_job
@@ -21,14 +18,14 @@ from rq.timeouts import JobTimeoutException
 
 from assayer import formats, refs
 from assayer.checkpoint import identity, list_path
-from assayer.errors import AssayerError, CheckpointError, StateError
-from assayer.files import printable, write_json
-from assayer.merge.run import Options, find_checkpoint, run
+from assayer.errors import CheckpointError, StateError
+from assayer.files import printable
 from assayer.plan import host_name
 from assayer.queues.enqueue import LOST_MAX, Task, is_merge_wanted
 from assayer.record import Place, Record, flatten, now_utc
 from assayer.worker import child
 from assayer.worker.environ import is_launcher_variable
+from assayer.worker.merging import REFUSED, UNREADABLE, NotMerged, merge_for, scratch_of
 from assayer.worker.scratch import Scratch
 
 __all__ = ["evaluate"]
@@ -37,10 +34,6 @@ logger = logging.getLogger(__name__)
 
 # RQ's own count of retries never decides: an attempt counts only when the evaluator itself ended badly.
 _AGAIN = 1_000_000
-# The cause of an evaluation that did not begin, because its checkpoint cannot be merged.
-_REFUSED = "merge"
-# Beside a merged directory: what the merge came to.
-_FACTS = "merged.json"
 
 
 def evaluate(**arguments: Any) -> Any:
@@ -52,7 +45,7 @@ def evaluate(**arguments: Any) -> Any:
         value = _evaluate(job, task)
         if task.merges and not isinstance(value, Retry):
             is_merge_wanted(job.connection, task.merge_id, done=job.id)
-            _scratch(job, task).release(task.merge_id)
+            scratch_of(job, task).release(task.merge_id)
         return value
     except BaseException:
         # RQ's retries are for lost workers: what raises here, such as a full disk, would raise again at once. The watch tries it later.
@@ -79,17 +72,20 @@ def _evaluate(job: Job, task: Task) -> Any:
         return _deliver(job, place, replace(base, status=gone.status, error=gone.error, ended=now_utc()))
     logger.info("-> %s %s running", printable(os.path.basename(task.checkpoint)), task.evaluator.name)
     base = replace(base, attempts=base.attempts + 1)
-    scratch = _scratch(job, task) if task.merges else None
+    scratch = scratch_of(job, task) if task.merges else None
     ending, base = _attempt(task, place, base, scratch)
     if ending.cause is None:
         metrics, notes = ending.value
         return _finish(job, place, task, replace(base, status="finished", metrics=metrics, notes=base.notes + notes, ended=now_utc()))
     error: dict[str, Any] = {"cause": ending.cause, "message": ending.message, "traceback": ending.traceback}
-    if ending.cause == _REFUSED:
-        # No attempt changes what a checkpoint holds; but it may have been deleted, or saved again, while it was merged.
+    if ending.cause in (REFUSED, UNREADABLE):
+        # It may have been deleted, or saved again, while it was merged.
         gone = _changed(task)
-        status, error = (gone.status, gone.error) if gone else ("failed", error)
-        return _deliver(job, place, replace(base, status=status, error=error, ended=now_utc()))
+        if gone:
+            return _deliver(job, place, replace(base, status=gone.status, error=gone.error, ended=now_utc()))
+        if ending.cause == REFUSED:
+            # No attempt changes what a checkpoint holds.
+            return _deliver(job, place, replace(base, status="failed", error=error, ended=now_utc()))
     if base.attempts <= task.retries:
         _keep(job, attempts=base.attempts, runs=0, error=error)
         logger.warning("<- %s attempt %d ended badly: %s", printable(os.path.basename(task.checkpoint)), base.attempts, ending.message)
@@ -104,18 +100,16 @@ def _attempt(task: Task, place: Place, base: Record, scratch: Scratch | None) ->
         ending, seconds = _timed(lambda: _call(task, place, base, task.checkpoint))
         return ending, replace(base, seconds={"evaluate": seconds})
     began = time.monotonic()
+    name = os.path.basename(task.checkpoint)
+    heading = f"merge of {printable(name)}, attempt {base.attempts} on {base.host} at {base.started}"
     try:
-        with scratch.lend(task.merge_id, os.path.basename(task.checkpoint), lambda path: _merge(task, place, base, scratch, path)) as (
-            path,
-            made,
-        ):
-            facts = json.loads((path.parent / _FACTS).read_text())
+        with scratch.lend(task.merge_id, name, lambda path: merge_for(task, place.log, heading, scratch, path)) as (path, facts, made):
             waited = round(time.monotonic() - began, 3)
-            merged = {**facts, "made_now": made}
+            merged = {key: value for key, value in facts.items() if key != "boot"} | {"made_now": made}
             base = replace(base, merged=merged, notes=facts["notes"], seconds={"merge": waited})
             ending, seconds = _timed(lambda: _call(task, place, base, str(path)))
             return ending, replace(base, seconds={"merge": waited, "evaluate": seconds})
-    except _Refused as error:
+    except NotMerged as error:
         return error.ending, replace(base, seconds={"merge": round(time.monotonic() - began, 3)})
     except OSError as error:
         raise StateError(f"cannot use the scratch directory {printable(str(scratch.root))}: {error.strerror}") from None
@@ -124,54 +118,6 @@ def _attempt(task: Task, place: Place, base: Record, scratch: Scratch | None) ->
 def _timed(function: Callable[[], child.Ending]) -> tuple[child.Ending, float]:
     began = time.monotonic()
     return function(), round(time.monotonic() - began, 3)
-
-
-class _Refused(Exception):
-    """The checkpoint cannot be merged; ``ending`` says why."""
-
-    def __init__(self, ending: child.Ending) -> None:
-        super().__init__(ending.message)
-        self.ending = ending
-
-
-def _scratch(job: Job, task: Task) -> Scratch:
-    """Where this job's merge lies."""
-    return Scratch(task.merging.scratch_dir, task.merging.scratch_bytes, lambda merge_id: is_merge_wanted(job.connection, merge_id))
-
-
-def _merge(task: Task, place: Place, base: Record, scratch: Scratch, path: Path) -> None:
-    """Merges in a child process, as an evaluator runs in one: what it imports, takes or breaks is gone with it."""
-    heading = f"merge of {printable(os.path.basename(task.checkpoint))}, attempt {base.attempts} on {base.host} at {now_utc()}"
-    ending = child.run(lambda: _merge_in_child(task, scratch, path), place.log, task.timeout, heading)
-    if ending.cause is not None:
-        raise _Refused(replace(ending, message=f"while it was merged: {ending.message}"))
-    if "away" in ending.value:
-        raise StateError(ending.value["away"])
-    if "refused" in ending.value:
-        raise _Refused(child.Ending(cause=_REFUSED, message=ending.value["refused"]))
-    write_json(path.parent / _FACTS, ending.value)
-
-
-def _merge_in_child(task: Task, scratch: Scratch, path: Path) -> dict[str, Any]:
-    how = task.merging
-    can_check = find_spec("transformers") is not None and find_spec("torch") is not None
-    options = Options(
-        checkpoint_type=task.weights,
-        dtype=how.dtype,
-        hf_config=how.hf_config,
-        tokenizer=how.tokenizer,
-        key_map=how.key_map,
-        check_model=can_check,
-    )
-    try:
-        found = find_checkpoint(Path(task.checkpoint))
-        done = run(found, path, options, started=lambda wanted: scratch.reserve(task.merge_id, wanted), flush=False)
-    except StateError as error:
-        return {"away": str(error)}
-    except AssayerError as error:
-        return {"refused": str(error)}
-    notes = done.notes if can_check else [*done.notes, "not checked against a model: transformers is not installed"]
-    return {"from": done.format, "bytes": done.weights, "tensors": done.tensors, "seconds": round(done.seconds, 3), "notes": notes}
 
 
 def _finish(job: Job, place: Place, task: Task, outcome: Record) -> dict[str, Any]:

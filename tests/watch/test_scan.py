@@ -95,3 +95,60 @@ def test_an_unreadable_folder_below_is_a_sentence(tmp_path: Path) -> None:
 def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         scan(str(tmp_path / "none"), 3)
+
+
+def laid(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def test_every_tag_of_a_deepspeed_run_is_a_checkpoint_and_nothing_beside_them_is(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (100, 200, 1000):
+        tag = run / f"global_step{step}"
+        laid(tag / "mp_rank_00_model_states.pt", *(tag / f"bf16_zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in range(2)))
+    laid(run / "latest", run / "zero_to_fp32.py")
+    assert names(run) == ["global_step100", "global_step200", "global_step1000"]
+    assert names(tmp_path, depth=9) == ["run/global_step100", "run/global_step200", "run/global_step1000"]
+
+
+def test_inside_a_trainers_checkpoint_deepspeeds_tag_is_no_second_one(tmp_path: Path) -> None:
+    run = tmp_path / "out"
+    for step in (10, 20):
+        path = run / f"checkpoint-{step}"
+        laid(path / f"global_step{step}" / "zero_pp_rank_0_mp_rank_00_model_states.pt", path / "config.json", path / "latest")
+        laid(path / f"global_step{step}" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", path / "trainer_state.json")
+        laid(path / "rng_state_0.pth", path / "training_args.bin", path / "scheduler.pt")
+    assert names(run, depth=9) == ["checkpoint-10", "checkpoint-20"]
+    # Stage 2, or gathered weights: the safetensors are there too.
+    laid(run / "checkpoint-20" / "model.safetensors")
+    assert names(run, depth=9) == ["checkpoint-10", "checkpoint-20"]
+
+
+def test_a_trainers_output_holds_its_checkpoints_beside_the_final_export(tmp_path: Path) -> None:
+    for step in (10, 20, 100):
+        hf(tmp_path / "out" / f"checkpoint-{step}")
+        save(tmp_path / "out" / f"checkpoint-{step}" / "optimizer.pt", tmp_path / "out" / f"checkpoint-{step}" / "rng_state_0.pth")
+    hf(tmp_path / "out")
+    save(tmp_path / "out" / "training_args.bin", tmp_path / "out" / "runs" / "optimizer.pt")
+    assert names(tmp_path) == ["out", "out/checkpoint-10", "out/checkpoint-20", "out/checkpoint-100"]
+    assert names(tmp_path / "out", depth=9) == [".", "checkpoint-10", "checkpoint-20", "checkpoint-100"]
+
+
+def test_what_was_evaluated_and_merged_beside_checkpoints_is_none(tmp_path: Path) -> None:
+    hf(tmp_path / "checkpoint-10")
+    hf(tmp_path / "merged" / "checkpoint-10")
+    hf(tmp_path / "evals" / "mean" / "checkpoint-10")
+    laid(tmp_path / "evals" / "mean" / "checkpoint-10.json")
+    assert names(tmp_path, depth=9) == ["checkpoint-10"]
+    hf(tmp_path / "merged" / "checkpoint-20.part-host-1")
+    assert names(tmp_path, depth=9) == ["checkpoint-10"]
+
+
+def test_a_pruned_step_of_verl_without_its_actor_is_none(tmp_path: Path) -> None:
+    laid(tmp_path / "global_step_10" / "data.pt", tmp_path / "latest_checkpointed_iteration.txt")
+    laid(tmp_path / "global_step_20" / "data.pt", tmp_path / "global_step_20" / "actor" / "model_world_size_1_rank_0.pt")
+    laid(tmp_path / "global_step_20" / "actor" / "huggingface" / "config.json")
+    laid(tmp_path / "global_step_20" / "critic" / "model_world_size_1_rank_0.pt")
+    assert names(tmp_path, depth=9) == ["global_step_20"]

@@ -1,0 +1,101 @@
+"""A sharded checkpoint on its way to the evaluator: merged into the scratch directory, in a process of its own."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rq.job import Job
+
+from assayer.errors import AssayerError, StateError, UnreadableError
+from assayer.files import printable
+from assayer.merge.run import Options, find_checkpoint, run
+from assayer.queues.enqueue import Task, is_merge_wanted
+from assayer.worker import child
+from assayer.worker.scratch import Scratch
+
+__all__ = ["REFUSED", "UNREADABLE", "NotMerged", "merge_for", "scratch_of"]
+
+# The causes of an evaluation that did not begin: what the checkpoint holds cannot be merged; or it could not be read this time.
+REFUSED, UNREADABLE = "merge", "read"
+
+
+class NotMerged(Exception):
+    """The checkpoint was not merged; ``ending`` says why."""
+
+    def __init__(self, ending: child.Ending) -> None:
+        super().__init__(ending.message)
+        self.ending = ending
+
+
+class _NoRoom(Exception):
+    """Other merges, which are read, take the budget."""
+
+
+def scratch_of(job: Job, task: Task) -> Scratch:
+    """Where this job's merge lies."""
+    return Scratch(task.merging.scratch_dir, task.merging.scratch_bytes, lambda merge_id: is_merge_wanted(job.connection, merge_id))
+
+
+def merge_for(task: Task, log: Path, heading: str, scratch: Scratch, path: Path) -> dict[str, Any]:
+    """Merges in a child process, as an evaluator runs in one: what it imports, takes or breaks is gone with it.
+
+    Waiting for room that other merges take counts neither against the time limit nor as an attempt.
+
+    Raises:
+        NotMerged: it cannot be merged, or not this time.
+        StateError: the scratch directory or the log cannot be written.
+    """
+    while True:
+        try:
+            ending = child.run(lambda: _in_child(task, scratch, path), log, task.timeout, heading)
+        except OSError as error:
+            raise StateError(f"cannot write {printable(str(log))}: {error.strerror}") from None
+        told = ending.value
+        if ending.cause is not None:
+            raise NotMerged(child.Ending(None, ending.cause, f"while it was merged: {ending.message}", ending.traceback))
+        if "room" not in told:
+            break
+        scratch.wait_for_room(task.merge_id, told["room"])
+    if "away" in told:
+        raise StateError(told["away"])
+    for cause in (REFUSED, UNREADABLE):
+        if cause in told:
+            raise NotMerged(child.Ending(cause=cause, message=told[cause]))
+    facts: dict[str, Any] = told
+    return facts
+
+
+def _in_child(task: Task, scratch: Scratch, path: Path) -> dict[str, Any]:
+    how = task.merging
+    can_check = find_spec("transformers") is not None and find_spec("torch") is not None
+    options = Options(
+        checkpoint_type=task.weights,
+        dtype=how.dtype,
+        hf_config=how.hf_config,
+        tokenizer=how.tokenizer,
+        key_map=how.key_map,
+        check_model=can_check,
+    )
+    wanted = 0
+
+    def reserve(nbytes: int) -> None:
+        nonlocal wanted
+        wanted = nbytes
+        if not scratch.reserve(task.merge_id, nbytes):
+            raise _NoRoom
+
+    os.nice(5)
+    try:
+        found = find_checkpoint(Path(task.checkpoint))
+        done = run(found, path, options, reserve=reserve, flush=False)
+    except _NoRoom:
+        return {"room": wanted}
+    except StateError as error:
+        return {"away": str(error)}
+    except UnreadableError as error:
+        return {UNREADABLE: str(error)}
+    except AssayerError as error:
+        return {REFUSED: str(error)}
+    notes = done.notes if can_check else [*done.notes, "not checked against a model: transformers is not installed"]
+    return {"from": done.format, "bytes": done.weights, "tensors": done.tensors, "seconds": round(done.seconds, 3), "notes": notes}
