@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -64,7 +63,17 @@ import sys, torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from safetensors.torch import save_file
 dcp_to_torch_save(sys.argv[1], sys.argv[2] + ".pt")
-save_file(torch.load(sys.argv[2] + ".pt", weights_only=True, mmap=True)["model"], sys.argv[2])
+save_file(torch.load(sys.argv[2] + ".pt", weights_only=True)["model"], sys.argv[2])
+"""
+
+# A process inherits the peak of the one that started it, so that one must be small.
+MEASURE = """
+import os, sys, time
+began = time.monotonic()
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
+_, status, usage = os.wait4(pid, 0)
+print(time.monotonic() - began, usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 CONSOLIDATE = """
@@ -108,13 +117,12 @@ def warm(folder: Path) -> None:
 
 def measure(command: list[str]) -> tuple[float, int]:
     """Seconds and peak memory (bytes) of a command and its children."""
-    began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)[:200]} ended with {process.returncode}")
-    return time.monotonic() - began, usage.ru_maxrss * 1024
+    measuring = [sys.executable, "-I", "-S", "-c", MEASURE, *command]
+    done = subprocess.run(measuring, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)[:200]} ended with {done.returncode}")
+    seconds, memory = done.stdout.split()[-2:]
+    return float(seconds), int(memory) * 1024
 
 
 def methods(folder: Path, output: Path, slow: bool, safetensors: bool) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,7 +124,7 @@ def write_files(
             for target, start in zip(file.targets, file.starts, strict=True):
                 changed = bool(target.form) or target.dtype is not target.source.dtype
                 room = max(_BOX_MIN, (_ROOM_CHANGED if changed else _ROOM) // threads)
-                tasks += _tasks(target, descriptor, start, source, head_rows, room)
+                tasks += _tasks(target, _Output(descriptor, flush), start, source, head_rows, room)
         tasks.sort(key=lambda task: (task.file, task.position))
         _run(tasks, threads, advance)
         if flush:
@@ -146,6 +147,29 @@ class _Task:
     file: str
     position: int
     run: Callable[[Callable[[int], None]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """An open file of the output; with ``flush``, the kernel is asked early to begin with what will be flushed at the end."""
+
+    descriptor: int
+    flush: bool
+
+    def write(self, data: memoryview, at: int) -> None:
+        written = os.pwrite(self.descriptor, data, at)
+        while written < len(data):
+            written += os.pwrite(self.descriptor, data[written:], at + written)
+
+    def begin_flush(self, at: int, length: int) -> None:
+        """Asks the kernel to begin writing these bytes to the disk, and does not wait."""
+        if self.flush and length and sys.platform == "linux":
+            _libc().sync_file_range(self.descriptor, ctypes.c_longlong(at), ctypes.c_longlong(length), _SYNC_FILE_RANGE_WRITE)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _flushing(descriptor: int) -> Callable[[Callable[[int], None]], None]:
@@ -172,8 +196,7 @@ def _fallocate(descriptor: int, size: int) -> bool:
     """
     if sys.platform != "linux" or size == 0:
         return False
-    library = ctypes.CDLL(None, use_errno=True)
-    if library.fallocate(descriptor, 0, ctypes.c_longlong(0), ctypes.c_longlong(size)) == 0:
+    if _libc().fallocate(descriptor, 0, ctypes.c_longlong(0), ctypes.c_longlong(size)) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
@@ -212,26 +235,26 @@ def _run(tasks: list[_Task], threads: int, advance: Callable[[int], None]) -> No
         raise errors[0]
 
 
-def _tasks(target: Target, descriptor: int, start: int, source: Source, head_rows: int, room: int) -> list[_Task]:
+def _tasks(target: Target, output: _Output, start: int, source: Source, head_rows: int, room: int) -> list[_Task]:
     tensor = target.source
     if target.nbytes == 0:
         return []
     places = [run_of(tensor.space, piece) for piece in tensor.pieces]
     if target.form or any(place is None for place in places):
         first = min(tensor.pieces, key=lambda p: (p.file, p.start))
-        return [_Task(first.file, first.start, lambda advance: _assemble(target, descriptor, start, source, head_rows, room, advance))]
+        return [_Task(first.file, first.start, lambda advance: _assemble(target, output, start, source, head_rows, room, advance))]
     return [
-        _Task(piece.file, piece.start, _streaming(target, piece, descriptor, start + place * target.dtype.size, source))
+        _Task(piece.file, piece.start, _streaming(target, piece, output, start + place * target.dtype.size, source))
         for piece, place in zip(tensor.pieces, places, strict=True)
         if place is not None
     ]
 
 
-def _streaming(target: Target, piece: Piece, descriptor: int, at: int, source: Source) -> Callable[[Callable[[int], None]], None]:
-    return lambda advance: _stream(target, piece, descriptor, at, source, advance)
+def _streaming(target: Target, piece: Piece, output: _Output, at: int, source: Source) -> Callable[[Callable[[int], None]], None]:
+    return lambda advance: _stream(target, piece, output, at, source, advance)
 
 
-def _stream(target: Target, piece: Piece, descriptor: int, at: int, source: Source, advance: Callable[[int], None]) -> None:
+def _stream(target: Target, piece: Piece, output: _Output, at: int, source: Source, advance: Callable[[int], None]) -> None:
     """Copies a piece that lies in one run in the output."""
     tensor = target.source
     piece = source.opened(piece, tensor)
@@ -240,7 +263,7 @@ def _stream(target: Target, piece: Piece, descriptor: int, at: int, source: Sour
         for begin, sizes in boxes(piece.sizes, tensor.dtype.size, _BOX_MIN):
             end = tuple(b + n for b, n in zip(begin, sizes, strict=True))
             data = _converted(_bytes_of(source.strided(piece, tensor, begin, end)), target)
-            _write(descriptor, data, at)
+            output.write(data, at)
             at += len(data)
             advance(len(data))
         if crc:
@@ -251,13 +274,13 @@ def _stream(target: Target, piece: Piece, descriptor: int, at: int, source: Sour
         if crc:
             crc.add(block, position)
         data = _converted(block, target)
-        _write(descriptor, data, at)
+        output.write(data, at)
         at += len(data)
         advance(len(data))
         if at - begun >= _FLUSH_EACH:
-            _begin_flush(descriptor, begun, at - begun)
+            output.begin_flush(begun, at - begun)
             begun = at
-    _begin_flush(descriptor, begun, at - begun)
+    output.begin_flush(begun, at - begun)
     if crc:
         crc.finish(source)
 
@@ -281,7 +304,7 @@ def _bytes_of(values: "Array") -> memoryview:
 
 
 def _assemble(
-    target: Target, descriptor: int, start: int, source: Source, head_rows: int, room: int, advance: Callable[[int], None]
+    target: Target, output: _Output, start: int, source: Source, head_rows: int, room: int, advance: Callable[[int], None]
 ) -> None:
     """Puts a target together in memory, box by box."""
     tensor = target.source
@@ -289,7 +312,7 @@ def _assemble(
     if target.form == "experts":
         _, rows, columns = tensor.shape
         data = _converted(_bytes_of(assembly.box((target.expert, 0, 0), (1, rows, columns))[0].T), target)
-        _write(descriptor, data, start)
+        output.write(data, start)
         advance(len(data))
         if target.expert == tensor.shape[0] - 1:
             # Its bytes do not come first, so that this reads the whole record, once for all experts.
@@ -304,24 +327,7 @@ def _assemble(
         if target.form == "pairs":
             made = made.reshape(-1, head_rows // 2, 2, sizes[1]).transpose(0, 2, 1, 3).reshape(sizes)
         data = _converted(_bytes_of(made), target)
-        _write(descriptor, data, place)
+        output.write(data, place)
         place += len(data)
         advance(len(data))
     assembly.finish()
-
-
-def _write(descriptor: int, data: memoryview, at: int) -> None:
-    written = os.pwrite(descriptor, data, at)
-    while written < len(data):
-        written += os.pwrite(descriptor, data[written:], at + written)
-
-
-_libc: "ctypes.CDLL | None" = None
-
-
-def _begin_flush(descriptor: int, at: int, length: int) -> None:
-    """Asks the kernel to begin writing these bytes to the disk, and does not wait."""
-    global _libc
-    if sys.platform == "linux" and length:
-        _libc = _libc or ctypes.CDLL(None)
-        _libc.sync_file_range(descriptor, ctypes.c_longlong(at), ctypes.c_longlong(length), _SYNC_FILE_RANGE_WRITE)

@@ -364,8 +364,8 @@ def test_another_value_of_any_tensor_in_a_shard_is_another_identity(copy: Copy, 
     # As a saver leaves it that gives its saves no number: with one, metadata tells them apart.
     told = path / ".metadata"
     status = told.stat()
-    number = rb"(save_id.{1,6}?)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-    told.write_bytes(re.sub(number, rb"\g<1>" + b"x" * 36, told.read_bytes(), flags=re.DOTALL))
+    told_apart = rb"(save_id.{1,6}?)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    told.write_bytes(re.sub(told_apart, rb"\g<1>" + b"x" * 36, told.read_bytes(), flags=re.DOTALL))
     os.utime(told, ns=(status.st_atime_ns, status.st_mtime_ns))
     shard = path / "__0_0.distcp"
     seen, number, before = {identity_of(path)}, 0, shard.read_bytes()

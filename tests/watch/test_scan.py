@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +153,47 @@ def test_a_pruned_step_of_verl_without_its_actor_is_none(tmp_path: Path) -> None
     laid(tmp_path / "global_step_20" / "actor" / "huggingface" / "config.json")
     laid(tmp_path / "global_step_20" / "critic" / "model_world_size_1_rank_0.pt")
     assert names(tmp_path, depth=9) == ["global_step_20"]
+
+
+def shard(path: Path) -> None:
+    path.mkdir(parents=True)
+    for name in ("__0_0.distcp", ".metadata"):
+        (path / name).write_bytes(b"x")
+
+
+def test_a_model_in_a_folder_of_its_checkpoint_is_found_by_the_outer_name(tmp_path: Path) -> None:
+    for name in ("nemo--step=99-epoch=1", "epoch_0_step_19"):
+        shard(tmp_path / name / ("weights" if "nemo" in name else "model"))
+        shard(tmp_path / name / "optim")
+    checkpoints = [f.checkpoint for f in scan(str(tmp_path), 9).found]
+    found = {os.path.relpath(c.path, tmp_path): (c.format, c.position.step) for c in checkpoints}
+    assert found == {"nemo--step=99-epoch=1": ("dcp_folder", 99), "epoch_0_step_19": ("dcp_folder", 19)}
+
+
+def test_a_final_export_in_the_runs_directory_hides_nothing_that_lies_beside_it(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "step_100.safetensors", "step_200.pt", "value_head.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    for tag in ("global_step5", "global_step10"):
+        (tmp_path / tag).mkdir()
+        (tmp_path / tag / "mp_rank_00_model_states.pt").write_bytes(b"x")
+    found = {os.path.relpath(f.checkpoint.path, tmp_path) for f in scan(str(tmp_path), 3).found}
+    assert found == {".", "step_100.safetensors", "step_200.pt", "global_step5", "global_step10"}
+
+
+def test_a_checkpoint_that_breaks_its_format_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from assayer import formats
+
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"x")
+    identify = formats.identify
+
+    def breaking(listing: Any) -> Any:
+        if listing.name == "checkpoint-1":
+            raise ZeroDivisionError("a hostile number")
+        return identify(listing)
+
+    monkeypatch.setattr(formats, "identify", breaking)
+    listed = scan(str(tmp_path), 3)
+    assert [f.checkpoint.name for f in listed.found] == ["checkpoint-2"]
+    assert len(listed.problems) == 1 and "checkpoint-1: ZeroDivisionError: a hostile number" in listed.problems[0]

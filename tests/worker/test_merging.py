@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,31 @@ def test_a_worker_killed_while_it_evaluates_leaves_its_merge_to_the_next_one(hou
     assert (record["status"], record["metrics"]["mean"]) == ("finished", 4.0)
     house.shutdown()
     assert scratch(house) == []
+
+
+def test_waiting_for_room_in_the_scratch_directory_is_no_attempt(house: House, evaluator: str) -> None:
+    for step in (1, 2):
+        save_sharded(house.runs / f"step_{step}", float(step))
+    words = ["--eval_existing", "--num_eval_workers", 2, "--scratch_bytes", "300"]
+    house.watch(*words, evaluator=f"{evaluator}:slow")
+    until(lambda: any("merge of" in path.read_text() for path in house.runs.glob("evals/slow/*.log")))
+    time.sleep(1)
+    assert len([name for name in scratch(house) if "." not in name]) < 3
+    (house.root / "tmp" / "go").touch()
+    until(lambda: len(house.records()) == 2)
+    told = {(r["status"], r["attempts"], r["metrics"]["mean"]) for r in house.records().values()}
+    assert told == {("finished", 1, 1.0), ("finished", 1, 2.0)}
+    house.shutdown()
+    assert scratch(house) == []
+
+
+def test_what_could_not_be_read_this_time_is_tried_again(house: House, evaluator: str) -> None:
+    (save_sharded(house.runs / "step_100") / "config.json").write_text("{")
+    house.once("--retries", 1, evaluator=f"{evaluator}:other", check=False)
+    record = house.record("step_100", "other")
+    assert record
+    assert (record["status"], record["attempts"], record["error"]["cause"]) == ("failed", 2, "read")
+    assert "config.json" in record["error"]["message"]
 
 
 @pytest.mark.parametrize(
