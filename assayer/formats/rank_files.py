@@ -7,8 +7,9 @@ whole when all ranks' files are whole, in every folder that has some, and rank 0
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
-from assayer.checkpoint import Listing, Position, first_absent
+from assayer.checkpoint import Listing, Position, count_of, first_absent
 from assayer.containers import model_names
 from assayer.content import incomplete
 from assayer.errors import CheckpointError
@@ -28,6 +29,8 @@ _SPREAD = 1.0
 _FILE = re.compile(r"((?:[^/]+/)?)(\w+)_world_size_(\d+)_rank_(\d+)\.pt")
 _REGULAR = re.compile(r"(?:(?:pytorch_model_fsdp_\d+|actor)/)?model_world_size_\d+_rank_\d+\.pt")
 _EMA = re.compile(r"pytorch_ema_model_fsdp_\d+/model_world_size_\d+_rank_\d+\.pt")
+# Bytes of a description that is read for a position alone.
+_GLANCE = 4 << 20
 _EMA_FOLDER = re.compile(r"pytorch_ema_model_fsdp_\d+")
 _CONFIG = ("config.json", "fsdp_config.json", "actor/fsdp_config.json", "huggingface/config.json", "data.pt")
 
@@ -77,10 +80,14 @@ def apart(listing: Listing, names: Iterable[str]) -> str | None:
 
 
 def position(listing: Listing) -> Position:
-    found = single_file.position_in(listing.name)
-    if found.step is None and listing.name == "actor":
-        return single_file.position_in(listing.path.rstrip("/").split("/")[-2])
-    return found
+    """The step from the name; LMMs-Engine keeps the tokens in rank 0's extra state."""
+    named = single_file.position_in(listing.path.rstrip("/").split("/")[-2] if listing.name == "actor" else listing.name)
+    extra = next((name for name in listing.names if re.fullmatch(r"extra_state/extra_state_world_size_\d+_rank_0\.pt", name)), None)
+    try:
+        tree = read_torch_file(listing.file(extra), extra, _GLANCE).tree if extra else None
+    except (CheckpointError, OSError):
+        tree = None
+    return replace(named, tokens=count_of(tree.get("total_tokens")) if isinstance(tree, dict) else None)
 
 
 def weights(listing: Listing) -> tuple[str, ...]:

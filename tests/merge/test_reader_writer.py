@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -297,6 +299,19 @@ def test_a_merge_takes_under_a_hundred_mebibytes_whatever_the_models_size(tmp_pa
     taken = peak_memory("--checkpoint_path", make(tmp_path), "--output_path", tmp_path / "out", "--dtype", dtype, "--threads", threads)
     shutil.rmtree(tmp_path)
     assert taken < 100 * MIB
+
+
+def test_a_checkpoint_larger_than_the_memory_that_is_allowed_is_merged(tmp_path: Path) -> None:
+    path = dcp(tmp_path / "step_1", {f"w{i}": torch.zeros(4096, 2048) for i in range(10)})
+    allowed = 256 * MIB
+    assert sum(file.stat().st_size for file in path.iterdir()) > allowed
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv.pop(1)),) * 2); "
+    code += "runpy.run_module('assayer.merge', run_name='__main__')"
+    words = [sys.executable, "-c", code, str(allowed), "--checkpoint_path", str(path), "--output_path", str(tmp_path / "out")]
+    # Each thread's own heap counts for 64 MiB of addresses, taken or not.
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"})
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path)
 
 
 def test_reordered_rows_take_no_more_memory_than_others(tmp_path: Path) -> None:

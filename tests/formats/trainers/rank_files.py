@@ -54,7 +54,7 @@ def _lmms_engine(root: Path, name: str, step: int, *, enabled: bool = False, ema
         (path / "processor_config.json").write_text("{}")
         model.config.save_pretrained(path)
     dist.barrier()
-    return Sample(name, path, expected, "rank_files", step=step, expected_ema=expected_ema, real=False)
+    return Sample(name, path, expected, "rank_files", step=step, tokens=4096 * step, expected_ema=expected_ema, real=False)
 
 
 def verl(root: Path) -> list[Sample]:
