@@ -14,13 +14,13 @@ from assayer import cli
 from assayer.containers import VARIANTS
 from assayer.errors import UsageError
 from assayer.files import printable
+from assayer.merge.output import default_output
 from assayer.merge.run import (
     DTYPE_WORDS,
     READERS,
     SHARD_SIZE,
     Merged,
     Options,
-    default_output,
     find_checkpoint,
     prepare,
     run,

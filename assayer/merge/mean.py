@@ -10,8 +10,9 @@ from assayer.checkpoint import Found
 from assayer.errors import CheckpointError, StateError, UsageError
 from assayer.files import printable, write_json
 from assayer.merge.names import Target
+from assayer.merge.output import check_room, part_folder
 from assayer.merge.reader import Assembly, Source, boxes
-from assayer.merge.run import Merged, Options, Plan, check_room, part_folder, prepare, refuse_changed, size_in_bytes
+from assayer.merge.run import Merged, Options, Plan, prepare, refuse_changed, size_in_bytes
 from assayer.merge.writer import INDEX, OutputFile, allocated, index_of, layout
 
 if TYPE_CHECKING:

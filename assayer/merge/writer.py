@@ -26,7 +26,7 @@ from assayer.tensors import Piece
 if TYPE_CHECKING:
     from assayer.merge.casts import Array
 
-__all__ = ["INDEX", "OutputFile", "index_of", "layout", "write_files"]
+__all__ = ["INDEX", "OutputFile", "allocated", "index_of", "layout", "write_files"]
 
 INDEX = "model.safetensors.index.json"
 
@@ -177,6 +177,11 @@ def _flushing(descriptor: int) -> Callable[[Callable[[int], None]], None]:
 
 
 def allocated(path: Path, file: OutputFile) -> int:
+    """An open descriptor of a new file of the output, with its header written and room for all of it.
+
+    Raises:
+        OSError: it cannot be made, or there is no room.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         if not _fallocate(descriptor, file.size):

@@ -86,7 +86,11 @@ def _walk(path: str, depth: int, max_depth: int, known: Mapping[str, Known], fou
         if re.fullmatch(formats.all_folders(), name):
             with contextlib.suppress(OSError):
                 inside += list_files(os.path.join(path, name), f"{name}/")[0]
+    before = len(problems)
     checkpoint = _identify(Listing(path, True, tuple(inside)), known, problems)
+    if len(problems) > before:
+        # What lies in it may be parts of what could not be made out.
+        return
     own = ""
     taken: frozenset[str] = frozenset()
     if checkpoint:
