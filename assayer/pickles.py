@@ -397,4 +397,4 @@ def _load(reader: Any) -> Any:
         raise
     except Exception as error:
         # A damaged pickle can raise anything that Python can.
-        raise CheckpointError(f"holds a damaged pickle ({type(error).__name__}: {printable(str(error))[:120]})") from None
+        raise CheckpointError(f"holds a damaged pickle ({type(error).__name__})") from None

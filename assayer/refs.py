@@ -222,7 +222,7 @@ def _examine(target: str, function: str, cwd: str, arguments: list[str]) -> dict
         if argument not in taken:
             offer = f"it takes {', '.join(taken)}" if taken else "it takes the checkpoint path alone"
             return {"assayer": "wrong", "error": f"{function} has no parameter {argument!r}; {offer}"}
-    filled = {"step", "original_path", "output_dir", *arguments}
+    filled = {"step", "original_path", "output_dir", "weights", *arguments}
     bare = [p.name for p in parameters[1:] if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     missing = [name for name in bare if name not in filled]
     if missing:

@@ -75,8 +75,7 @@ def main(
     if directories:
         _end_some(where, directories, now)
         return
-    plans = _plans(where)
-    _end_watches(where, plans)
+    _end_watches(where, _plans(where))
     chain.break_off(connection, watch_queue_name)
     for name in (watch_queue_name, eval_queue_name):
         count = remove_waiting(open_queue(connection, name))
@@ -86,7 +85,7 @@ def main(
     except BaseException:
         Crew(state, chosen).release_redis()
         raise
-    _sweep_scratch(plans)
+    _sweep_scratch(state)
     if Crew(state, chosen).has_plans():
         return
     # What a worker that was ended at once had in its hands went back to the queue.
@@ -198,9 +197,9 @@ def _stop_redis(where: _Where) -> None:
     _say("the embedded Redis still serves others" if Server(where.state).is_running() else "the embedded Redis is stopped")
 
 
-def _sweep_scratch(plans: list[Plan]) -> None:
+def _sweep_scratch(state: Path) -> None:
     """Removes the merged checkpoints of this host that nobody reads; an evaluation that is queued again merges anew."""
-    for folder in {plan.merging.scratch_dir for plan in plans if plan.host == host_name()}:
+    for folder in {None, *(plan.merging.scratch_dir for plan in PlanStore(state).all() if plan.host == host_name())}:
         with contextlib.suppress(StateError, OSError):
             Scratch(folder, None, lambda key: False).sweep()
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from assayer import cli
+from assayer import cli, formats
 from assayer.containers import VARIANTS
-from assayer.errors import UsageError
+from assayer.errors import CheckpointError, UsageError
 from assayer.files import printable
 from assayer.merge.output import default_output
 from assayer.merge.run import (
@@ -23,6 +23,7 @@ from assayer.merge.run import (
     Options,
     find_checkpoint,
     prepare,
+    refuse_output,
     run,
     size_in_bytes,
 )
@@ -49,7 +50,14 @@ def merge_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
 
 
-@click.group("merge", invoke_without_command=True, context_settings=dict(cli.SETTINGS))
+class _Commands(click.Group):
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            raise UsageError(f"{printable(args[0])} is no command of merge; a checkpoint is given with --checkpoint_path")
+        return super().resolve_command(ctx, args)
+
+
+@click.group("merge", cls=_Commands, invoke_without_command=True, context_settings=dict(cli.SETTINGS))
 @click.option("--checkpoint_path", metavar="PATH", help="A checkpoint, or a directory of checkpoints: then its newest whole one.")
 @click.option("--output_path", metavar="DIR", help="Where the result goes.  [default: merged/<name> beside the checkpoints]")
 @click.option("--checkpoint_type", type=click.Choice([*VARIANTS, "both"]), default="regular", help="Which weights.")
@@ -89,6 +97,10 @@ def main(
     size_in_bytes(flags["max_shard_size"])
     found = find_checkpoint(Path(checkpoint_path))
     variants = VARIANTS if checkpoint_type == "both" else (checkpoint_type,)
+    held = formats.of(found.checkpoint).variants(found.listing) if checkpoint_type == "both" else variants
+    absent = [variant for variant in variants if variant not in held]
+    if absent:
+        raise CheckpointError(f"{printable(found.checkpoint.path)} holds no {absent[0]} weights; give --checkpoint_type {held[0]}")
     for variant in variants:
         output = Path(output_path).absolute() if output_path else default_output(found, variant)
         if output_path and checkpoint_type == "both" and variant == "ema":
@@ -126,6 +138,7 @@ def mean_command(checkpoints: tuple[str, ...], output_path: str, weights: str | 
 
 
 def _show_plan(options: Options, output: Path, found: Any) -> None:
+    refuse_output(found, output)
     plan = prepare(found, options)
     files = layout(plan.wanted, size_in_bytes(options.max_shard_size))
     click.echo(f"{printable(found.checkpoint.path)} ({found.checkpoint.format}, {options.checkpoint_type}) -> {printable(str(output))}")
@@ -134,19 +147,22 @@ def _show_plan(options: Options, output: Path, found: Any) -> None:
         cast = f" from {source.dtype.torch}" if source.dtype is not target.dtype else ""
         click.echo(f"  {printable(target.name)}  {target.dtype.torch}{cast}  {list(target.shape)}  {len(source.pieces)} pieces")
     beside = ", ".join(sorted(plan.around.files)) or "nothing"
-    click.echo(f"{len(plan.wanted)} tensors, {plan.nbytes} bytes in {len(files)} files; beside: {beside}")
+    click.echo(f"{len(plan.wanted)} tensors, {plan.nbytes} bytes in {_files(len(files))}; beside: {beside}")
 
     for note in plan.notes:
         click.echo(f"note: {note}")
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def _report(done: Merged) -> None:
     for note in done.notes:
         click.echo(f"assayer: note: {note}", err=True)
     speed = done.weights / 1e9 / done.seconds if done.seconds else 0.0
-    files = "1 file" if done.files == 1 else f"{done.files} files"
-    held = f"{done.tensors} tensors, {done.weights} bytes in {files}"
-    click.echo(f"merged {printable(str(done.path))}: {held}, {done.seconds:.2f} s, {speed:.2f} GB/s")
+    held = f"{done.tensors} tensors, {done.weights} bytes in {_files(done.files)}"
+    click.echo(f"merged {printable(done.source)} -> {printable(str(done.path))}: {held}, {done.seconds:.2f} s, {speed:.2f} GB/s")
 
 
 @contextmanager

@@ -49,6 +49,7 @@ class Companions:
         if self.config is not None:
             config = dict(self.config)
             if dtype is not None:
+                config = {"torch_dtype": dtype.torch} | config if not {"dtype", "torch_dtype"} & config.keys() else config
                 config = _with_dtype(config, dtype.torch)
             write_whole(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -75,7 +76,7 @@ def companions(checkpoint: Checkpoint, hf_config: str | None, tokenizer: str | N
         if given.is_dir():
             files |= {name: path for name, path in _found(given).items() if tokenizer is None or not _TOKENIZER.fullmatch(name)}
             if not (given / CONFIG).is_file():
-                raise UsageError(f"--hf_config {printable(hf_config)} holds no {CONFIG}")
+                raise UsageError(f"--hf_config {printable(hf_config)} holds no {CONFIG}; give a directory that does, or the file itself")
         elif given.is_file():
             files[CONFIG] = given
         else:
@@ -83,7 +84,7 @@ def companions(checkpoint: Checkpoint, hf_config: str | None, tokenizer: str | N
     if tokenizer is not None:
         found = {name: path for name, path in _found(Path(tokenizer)).items() if _TOKENIZER.fullmatch(name)}
         if not found:
-            raise UsageError(f"--tokenizer {printable(tokenizer)} holds no tokenizer's files")
+            raise UsageError(f"--tokenizer {printable(tokenizer)} is no directory with a tokenizer's files (tokenizer.json and the like)")
         files = {name: path for name, path in files.items() if not _TOKENIZER.fullmatch(name)} | found
     return Companions(files, _config(files.get(CONFIG), UsageError if hf_config is not None else UnreadableError))
 

@@ -12,7 +12,7 @@ from assayer.files import printable, write_json
 from assayer.merge.names import Target
 from assayer.merge.output import check_room, part_folder
 from assayer.merge.reader import Assembly, Source, boxes
-from assayer.merge.run import Merged, Options, Plan, prepare, refuse_changed, size_in_bytes
+from assayer.merge.run import Merged, Options, Plan, prepare, refuse_changed, refuse_output, size_in_bytes, without_tied
 from assayer.merge.writer import INDEX, OutputFile, allocated, index_of, layout
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def mean(
 ) -> Merged:
     """Writes the weighted mean of checkpoints of one model as a Hugging Face directory.
 
-    Floating-point tensors are accumulated in float32 and stored in the dtype of the first checkpoint's; tensors of other dtypes are taken
-    from the first. Config and tokenizer are the first one's.
+    Floating-point tensors are accumulated in float32 and stored in the first checkpoint's dtype, or ``options.dtype``; tensors of other
+    dtypes are taken from the first. Config and tokenizer are the first one's.
 
     Raises:
         CheckpointError: the checkpoints are not of one model, not whole, or damaged.
@@ -73,12 +73,12 @@ def mean(
     import time
 
     began = time.monotonic()
-    if os.path.lexists(output):
-        raise UsageError(f"{printable(str(output))} is there already; remove it, or give another --output_path")
     inputs = []
     for one, share in zip(found, shares, strict=True):
+        refuse_output(one, output)
         plan = prepare(one, options)
         source = Source(one.listing, [target.source for target in plan.wanted], options.verify)
+        plan = without_tied(plan, source)
         inputs.append(_Input(plan, source, {t.name: t for t in plan.wanted}, share))
     first = inputs[0]
     for other in inputs[1:]:
@@ -103,7 +103,17 @@ def mean(
         for one in found:
             refuse_changed(one)
     seconds = time.monotonic() - began
-    return Merged(output, "mean", "regular", first.plan.nbytes, len(first.plan.wanted), len(files), seconds, first.plan.notes)
+    return Merged(
+        output,
+        f"the mean of {len(found)} checkpoints",
+        "mean",
+        "regular",
+        first.plan.nbytes,
+        len(first.plan.wanted),
+        len(files),
+        seconds,
+        first.plan.notes,
+    )
 
 
 def _refuse_another_model(first: _Input, other: _Input) -> None:

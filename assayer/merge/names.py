@@ -5,6 +5,7 @@ and torchtitan's Llama 3 adapter (torchtitan/models/llama3/model/state_dict_adap
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ def key_map(given: str | None) -> tuple[Rule, ...]:
     """
     if given is None:
         return ()
+    if not isinstance(given, str | os.PathLike):
+        raise UsageError(f"key_map must be a name or the path of a JSON file, not a {type(given).__name__}")
     if given in KEY_MAPS:
         return KEY_MAPS[given]
     try:

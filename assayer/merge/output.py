@@ -60,7 +60,7 @@ def part_folder(output: Path) -> Iterator[Path]:
             part.mkdir()
             lock = _locked(part)
         except OSError as error:
-            raise StateError(f"cannot make {printable(str(part))}: {error.strerror}") from None
+            raise StateError(f"cannot write in {printable(str(output.parent))}: {error.strerror}; give another --output_path") from None
         try:
             yield part
             _flush(part)

@@ -54,9 +54,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge came to: ``weights`` (bytes), ``seconds``, and sentences about what the user should know."""
+    """What a merge of ``source`` came to: bytes of ``weights``, ``seconds``, and sentences about what the user should know."""
 
     path: Path
+    source: str
     format: str
     checkpoint_type: str
     weights: int
@@ -147,13 +148,8 @@ def run(
     """
     began = time.monotonic()
     _check_words(options)
-    if output.resolve().is_relative_to(Path(found.checkpoint.path).resolve()):
-        raise UsageError(f"{printable(str(output))} lies inside the checkpoint, where nothing is ever written; give another --output_path")
-    if "adapter_config.json" in found.listing.names:
-        raise UsageError(f"{printable(found.checkpoint.path)} is a PEFT adapter, which is loaded onto its base model and needs no merge")
     threads = options.threads or min(8, os.cpu_count() or 1)
-    if os.path.lexists(output):
-        raise UsageError(f"{printable(str(output))} is there already; remove it, or give another --output_path")
+    refuse_output(found, output)
     with part_folder(output) as part:
         holder, variant = found, options.checkpoint_type
         if options.reader == "torch":
@@ -163,8 +159,7 @@ def run(
         plan = prepare(found, options, holder, variant)
         source = Source(holder.listing, [target.source for target in plan.wanted], options.verify)
         try:
-            if is_tied(plan.around.config):
-                plan = _without_tied(plan, source)
+            plan = without_tied(plan, source)
             check_room(output.parent, plan.nbytes + plan.around.nbytes)
             reserve(plan.nbytes + plan.around.nbytes)
             started(plan.nbytes)
@@ -182,7 +177,31 @@ def run(
             raise StateError(f"cannot write below {printable(str(part))}: {error.strerror}") from None
         shutil.rmtree(part / _READING, ignore_errors=True)
     seconds = time.monotonic() - began
-    return Merged(output, found.checkpoint.format, options.checkpoint_type, plan.nbytes, len(plan.wanted), len(files), seconds, plan.notes)
+    return Merged(
+        output,
+        found.checkpoint.path,
+        found.checkpoint.format,
+        options.checkpoint_type,
+        plan.nbytes,
+        len(plan.wanted),
+        len(files),
+        seconds,
+        plan.notes,
+    )
+
+
+def refuse_output(found: Found, output: Path) -> None:
+    """Refuses a place that is taken or lies inside the checkpoint, and a checkpoint of which no model can be made.
+
+    Raises:
+        UsageError: one of these.
+    """
+    if os.path.lexists(output):
+        raise UsageError(f"{printable(str(output))} is there already; remove it, or give another --output_path")
+    if output.resolve().is_relative_to(Path(found.checkpoint.path).resolve()):
+        raise UsageError(f"{printable(str(output))} lies inside the checkpoint, where nothing is ever written; give another --output_path")
+    if "adapter_config.json" in found.listing.names:
+        raise UsageError(f"{printable(found.checkpoint.path)} is a PEFT adapter, which is loaded onto its base model and needs no merge")
 
 
 def _check_words(options: Options) -> None:
@@ -228,10 +247,13 @@ def prepare(found: Found, options: Options, holder: Found | None = None, variant
     wanted = targets(tensors, key_map(options.key_map), dtype)
     if not wanted:
         raise CheckpointError(f"{printable(found.checkpoint.path)} holds no tensors that are to be merged")
-    around = companions(found.checkpoint, options.hf_config, options.tokenizer)
     notes = []
+    if options.key_map is not None and {target.name for target in wanted} == {tensor.name for tensor in tensors}:
+        notes.append(f"the key map {printable(options.key_map)} changed no name")
+    around = companions(found.checkpoint, options.hf_config, options.tokenizer)
     if around.config is None:
-        notes.append("no config.json was found: the output holds weights alone (give one with --hf_config)")
+        unchecked = ", and they were not compared with a model" if options.check_model else ""
+        notes.append(f"no config.json was found: the output holds weights alone{unchecked} (give one with --hf_config)")
     elif options.check_model:
         from assayer.merge.check import check_model
 
@@ -243,7 +265,7 @@ def prepare(found: Found, options: Options, holder: Found | None = None, variant
 def find_checkpoint(path: Path) -> Found:
     """The checkpoint at a path, or the newest whole one of those directly in it.
 
-    Directories whose names end in ``-merged``, and empty ones, are passed over.
+    Directories that are called ``...-merged`` (or ``...-merged-ema``), and empty ones, are passed over.
 
     Raises:
         CheckpointError: there is none.
@@ -275,7 +297,7 @@ def find_checkpoint(path: Path) -> Found:
             f"none of the {len(inside)} checkpoints in {printable(str(path))} is whole ({last.checkpoint.name}: {reason})"
         )
     known = ", ".join(sorted(formats.all_formats()))
-    raise CheckpointError(f"{printable(str(path))} is no checkpoint of a known format, and holds none ({known})")
+    raise CheckpointError(f"{printable(str(path))} is no checkpoint of a known format, and none lies directly in it ({known})")
 
 
 def size_in_bytes(text: str) -> int:
@@ -291,8 +313,10 @@ def size_in_bytes(text: str) -> int:
     return int(size)
 
 
-def _without_tied(plan: Plan, source: Source) -> Plan:
-    """Of an output head that is the input embedding, byte for byte, one is stored: the config says that they are tied."""
+def without_tied(plan: Plan, source: Source) -> Plan:
+    """Of an output head that is the input embedding, byte for byte, one is stored, where the config says that they are tied."""
+    if not is_tied(plan.around.config):
+        return plan
     heads = [t for t in plan.wanted if t.name.endswith("lm_head.weight")]
     inputs = [t for t in plan.wanted if t.name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"))]
     for head in heads:

@@ -18,7 +18,7 @@ from rq.timeouts import JobTimeoutException
 
 from assayer import formats, refs
 from assayer.checkpoint import identity, list_path
-from assayer.errors import CheckpointError, StateError
+from assayer.errors import CheckpointError, EvaluatorError, StateError
 from assayer.files import printable
 from assayer.plan import host_name
 from assayer.queues.enqueue import LOST_MAX, Task, is_merge_wanted
@@ -183,8 +183,14 @@ def _in_child(task: Task, place: Place, path: str) -> Any:
     offered: dict[str, Callable[[], Any]] = {
         "step": lambda: task.step,
         "original_path": lambda: task.checkpoint,
+        "weights": lambda: task.weights,
         "output_dir": lambda: _output(place),
     }
+    if task.weights != "regular" and path == task.checkpoint and formats.all_formats()[task.format].SHARDED and "weights" not in named:
+        # The path alone does not tell which of the weights in it are meant.
+        raise EvaluatorError(
+            f"{task.evaluator.name} takes no parameter called weights, so that it would read the regular ones: add it, or give --merge auto"
+        )
     for name, value in offered.items():
         if name in list(named)[1:] and name not in keywords:
             keywords[name] = value()

@@ -1,6 +1,7 @@
 """A sharded checkpoint on its way to the evaluator: merged into the scratch directory, in a process of its own."""
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -85,17 +86,16 @@ def _in_child(task: Task, scratch: Scratch, path: Path) -> dict[str, Any]:
         if not scratch.reserve(task.merge_id, nbytes):
             raise _NoRoom
 
+    # A training run on this machine goes first.
     os.nice(5)
     try:
         found = find_checkpoint(Path(task.checkpoint))
         done = run(found, path, options, reserve=reserve, flush=False)
     except _NoRoom:
         return {"room": wanted}
-    except StateError as error:
-        return {"away": str(error)}
-    except UnreadableError as error:
-        return {UNREADABLE: str(error)}
     except AssayerError as error:
-        return {REFUSED: str(error)}
+        print(error, file=sys.stderr)
+        kind = "away" if isinstance(error, StateError) else UNREADABLE if isinstance(error, UnreadableError) else REFUSED
+        return {kind: str(error)}
     notes = done.notes if can_check else [*done.notes, "not checked against a model: transformers is not installed"]
     return {"from": done.format, "bytes": done.weights, "tensors": done.tensors, "seconds": round(done.seconds, 3), "notes": notes}

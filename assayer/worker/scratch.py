@@ -120,7 +120,7 @@ class Scratch:
             UsageError: the budget is smaller than what is wanted; both numbers are named.
         """
         if self.budget is not None and wanted > self.budget:
-            raise UsageError(f"the merge takes {wanted} bytes, --scratch_bytes allows {self.budget}; give more, or --merge never")
+            raise UsageError(f"the merge takes {wanted} bytes, --scratch_bytes allows {self.budget}; give more, with --retry_failed")
         with locked(self.root / "lock"):
             if self.budget is None or self._used(key) + wanted <= self.budget or self._evicted(key, wanted, self.budget):
                 (self.root / f"{key}.bytes").write_text(str(wanted))

@@ -153,7 +153,9 @@ def test_the_kind_of_model_is_accepted_and_not_needed(tmp_path: Path, kind: str)
 
 def test_the_last_line_tells_bytes_seconds_and_speed(tmp_path: Path) -> None:
     ended = command("--checkpoint_path", checkpoint(tmp_path / "step_1"), "--output_path", tmp_path / "out")
-    assert re.fullmatch(rf"merged {tmp_path / 'out'}: 1 tensors, 16 bytes in 1 file, \d+\.\d\d s, \d+\.\d\d GB/s\n", ended.out)
+    assert re.fullmatch(
+        rf"merged {tmp_path / 'step_1'} -> {tmp_path / 'out'}: 1 tensors, 16 bytes in 1 file, \d+\.\d\d s, \d+\.\d\d GB/s\n", ended.out
+    )
 
 
 def test_a_missing_config_is_said_and_a_found_one_is_not(tmp_path: Path) -> None:
@@ -247,3 +249,25 @@ def test_a_merge_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(path), str(tmp_path / "out")], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout == "set()\n"
+
+
+def test_a_checkpoint_given_without_its_flag_is_told_so(tmp_path: Path) -> None:
+    ended = command(checkpoint(tmp_path / "step_1"))
+    assert ended.code == 2
+    assert "--checkpoint_path" in ended.err and len(ended.err.splitlines()) == 1
+
+
+def test_both_weights_of_a_checkpoint_that_holds_one_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    said = refused(checkpoint(tmp_path / "step_1"), tmp_path / "out", "--checkpoint_type", "both")
+    assert "holds no ema weights; give --checkpoint_type regular" in said
+
+
+def test_a_key_map_that_changes_nothing_is_told(tmp_path: Path) -> None:
+    ended = command("--checkpoint_path", checkpoint(tmp_path / "step_1"), "--output_path", tmp_path / "out", "--key_map", "kempnerforge")
+    assert ended.code == 0 and "the key map kempnerforge changed no name" in ended.err
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "step_1")
+    for output in (tmp_path, path / "inside"):
+        assert command("--checkpoint_path", path, "--output_path", output, "--dry_run").code == 2

@@ -30,6 +30,9 @@ def other(checkpoint_path):
 def raw(checkpoint_path, original_path):
     return {"mean": load_state_dict(checkpoint_path)["w"].float().mean(), "is_copy": checkpoint_path != original_path}
 
+def chosen(checkpoint_path, weights):
+    return {"mean": load_state_dict(checkpoint_path, weights)["w"].float().mean()}
+
 def slow(checkpoint_path):
     import time
     while not os.path.exists(os.environ["TMPDIR"] + "/go"):
@@ -113,6 +116,17 @@ def test_with_merge_never_the_evaluator_reads_the_shards_itself(house: House, ev
     assert record
     assert record["metrics"] == {"mean": 5.0, "is_copy": 0}
     assert record["merged"] is None
+
+
+def test_an_evaluator_of_raw_ema_weights_must_ask_which_weights_are_meant(house: House, evaluator: str) -> None:
+    save_ranks(house.runs / "checkpoint-10", 1.0, 3.0)
+    words = ["--evaluator", f"{evaluator}:raw", "--evaluator", f"{evaluator}:chosen", "--retries", 0]
+    words += ["--merge", "never", "--weights", "ema"]
+    house.command("watch", "--directory", house.runs, *words, "--polling_interval", 1, "--once", check=False)
+    told = {name: house.record("checkpoint-10@ema", name) for name in ("raw", "chosen")}
+    assert told["raw"] and told["chosen"]
+    assert told["raw"]["status"] == "failed" and "takes no parameter called weights" in told["raw"]["error"]["message"]
+    assert told["chosen"]["metrics"] == {"mean": 3.0}
 
 
 def test_two_workers_that_need_the_same_merge_do_it_once(house: House, evaluator: str) -> None:
