@@ -205,6 +205,8 @@ _METADATA = {
     "_get_layout": ("torch.serialization",),
     "Size": ("torch",),
     "OrderedDict": ("collections",),
+    # Python 3.11.0 to 3.11.3 pickle an enum's member so; what it would look up stays inert.
+    "getattr": ("builtins", "__builtin__"),
 }
 
 
