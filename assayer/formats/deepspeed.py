@@ -27,6 +27,8 @@ FOLDERS = r"global_step\d+|pytorch_model(_\d+)?|checkpoint"
 SHARDED = True
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+# deepspeed/runtime/zero/config.py, ZeroStageEnum.
+_STAGES = {"optimizer_states": 1, "gradients": 2, "weights": 3}
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
@@ -225,6 +227,9 @@ def _read(listing: Listing) -> _Parts:
 def _stage(state: dict[str, Any], name: str) -> int:
     stage = state.get("zero_stage")
     number = stage.args[0] if isinstance(stage, Inert) and stage.args else stage
+    if isinstance(stage, type):
+        # Python 3.11.0 to 3.11.3 pickle an enum's member by its name.
+        number = _STAGES.get(str(getattr(stage, "given", "")).rpartition(".")[2])
     if number not in (1, 2, 3):
         raise CheckpointError(f"{printable(name)} is none of ZeRO's stages 1 to 3 (zero_stage {printable(str(number))})")
     return int(number)
