@@ -14,7 +14,8 @@ from conftest import REPOSITORY, House
 def test_two_processes_train_under_fsdp_and_every_sharded_checkpoint_is_evaluated(house: House) -> None:
     example = house.root / "fsdp"
     shutil.copytree(REPOSITORY / "examples" / "fsdp", example, ignore=shutil.ignore_patterns("checkpoints", "__pycache__"))
-    words = ["--directory", "checkpoints", "--wait_for_directory", "--evaluator", "eval.py:bits_per_byte", "--polling_interval", 1]
+    words = ["--directory", "checkpoints", "--wait_for_directory", "--eval_existing", "--evaluator", "eval.py:bits_per_byte"]
+    words += ["--polling_interval", "1"]
     with house.running("watch", *words, "--until_step", 60, cwd=example) as watch:
         torchrun = [os.path.join(os.path.dirname(sys.executable), "torchrun"), "--standalone", "--nproc_per_node", "2"]
         train = [*torchrun, "train.py", "--steps", "60", "--save_every", "20"]
