@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from assayer.content import fingerprint, tells_save
+from assayer.content import fingerprint, incomplete, tells_save
 from assayer.files import digest, natural_key
 from assayer.tensors import Tensor
 
@@ -22,6 +22,7 @@ __all__ = [
     "count_of",
     "entry_of",
     "first_absent",
+    "first_incomplete",
     "identity",
     "list_files",
     "list_path",
@@ -234,6 +235,19 @@ def identity(listing: Listing, weights: Sequence[str]) -> str:
         # A single file keeps its identity when it is renamed; inside a directory the names tell the shards apart.
         parts += [name if listing.is_directory else "", fingerprint(listing.file(name), sampled)]
     return digest(*parts)
+
+
+def first_incomplete(listing: Listing, names: Iterable[str]) -> str | None:
+    """Why the first of these files that is not whole is not; None when all are.
+
+    Raises:
+        OSError: one is gone or cannot be read.
+    """
+    for name in names:
+        problem = incomplete(listing.file(name))
+        if problem:
+            return f"{name} {problem}"
+    return None
 
 
 def count_of(value: object) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from assayer.errors import CheckpointError
 from assayer.files import digest, printable
 
-__all__ = ["fingerprint", "incomplete", "is_legacy", "tells_save"]
+__all__ = ["fingerprint", "incomplete", "is_legacy", "safetensors_header", "tells_save"]
 
 # safetensors itself refuses longer headers.
 _HEADER_MAX = 100_000_000
@@ -156,8 +156,12 @@ def _archives(path: Path, count: int) -> Iterator[bytes]:
         os.close(descriptor)
 
 
-def _header(file: BinaryIO) -> tuple[int, Any]:
-    """The length of a safetensors header, and the header; raises ValueError when it is not one."""
+def safetensors_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """The length of a safetensors header, and the header, of a file that stands at its start.
+
+    Raises:
+        ValueError, struct.error, RecursionError: it is not one.
+    """
     (length,) = struct.unpack("<Q", file.read(8))
     if length > _HEADER_MAX:
         raise ValueError(f"its header would be {length} bytes long, the format allows {_HEADER_MAX}")
@@ -192,7 +196,7 @@ def _incomplete_safetensors(path: Path) -> str | None:
             return f"holds {size} of the {8 + length} bytes of its header"
         file.seek(0)
         try:
-            length, header = _header(file)
+            length, header = safetensors_header(file)
             spans = _offsets(header)
         except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
             return f"is no safetensors file ({printable(str(error))[:120]})"
@@ -202,7 +206,7 @@ def _incomplete_safetensors(path: Path) -> str | None:
 
 def _safetensors_samples(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        length, header = _header(file)
+        length, header = safetensors_header(file)
         file.seek(8)
         yield file.read(length)
     yield from _spread(path, [(8 + length + begin, 8 + length + end) for begin, end in _offsets(header)])

@@ -3,12 +3,12 @@
 Written here rather than left to the package, because its reader maps the whole file and hands out tensors, and a merge needs offsets.
 """
 
-import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from assayer.content import safetensors_header
 from assayer.errors import CheckpointError
 from assayer.files import printable
 from assayer.tensors import DTYPES, Dtype
@@ -16,8 +16,6 @@ from assayer.tensors import DTYPES, Dtype
 __all__ = ["BY_NAME", "Span", "read_header"]
 
 BY_NAME = {dtype.safetensors: dtype for dtype in DTYPES.values()}
-# safetensors itself refuses longer headers.
-_HEADER_MAX = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +36,7 @@ def read_header(path: Path) -> tuple[dict[str, Span], dict[str, Any]]:
     """
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _HEADER_MAX:
-                raise ValueError(f"its header would be {length} bytes long")
-            header = json.loads(file.read(length))
+            length, header = safetensors_header(file)
         free = header.pop("__metadata__", None) or {}
         spans = {name: _span(name, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:

@@ -7,8 +7,7 @@
 
 import re
 
-from assayer.checkpoint import Listing, Position, first_absent
-from assayer.content import incomplete
+from assayer.checkpoint import Listing, Position, first_absent, first_incomplete
 from assayer.errors import CheckpointError
 from assayer.formats import accelerate, dcp, hf_dir, rank_files
 from assayer.tensors import Tensor
@@ -38,10 +37,9 @@ def missing(listing: Listing) -> str | None:
     absent = first_absent(ranks)
     if absent is not None:
         return f"the file of rank {absent} is missing"
-    for name in (*_full(listing), *ranks.values()):
-        problem = incomplete(listing.file(name))
-        if problem:
-            return f"{name} {problem}"
+    cut = first_incomplete(listing, (*_full(listing), *ranks.values()))
+    if cut:
+        return cut
     if hf_dir.STATE in listing.names:
         return hf_dir.missing_state(listing)
     if "training_args.bin" in listing.names:

@@ -9,8 +9,7 @@ import json
 import re
 from typing import Any
 
-from assayer.checkpoint import Listing, Position, first_absent
-from assayer.content import incomplete
+from assayer.checkpoint import Listing, Position, first_absent, first_incomplete
 from assayer.errors import CheckpointError
 from assayer.files import printable
 from assayer.formats import dcp
@@ -32,11 +31,7 @@ def missing(listing: Listing) -> str | None:
     absent = first_absent(int(found[1]) - 1 for name in listing.names if (found := _SHARD.fullmatch(name)))
     if absent is not None:
         return f"no shard-{absent + 1:05d}-model-*.safetensors yet"
-    for name in weights(listing):
-        problem = incomplete(listing.file(name))
-        if problem:
-            return f"{name} {problem}"
-    return None
+    return first_incomplete(listing, weights(listing))
 
 
 def unmarked(listing: Listing) -> str | None:

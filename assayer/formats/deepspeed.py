@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from assayer.checkpoint import Listing, Position
+from assayer.checkpoint import Listing, Position, first_incomplete
 from assayer.containers import model_names
-from assayer.content import incomplete
 from assayer.errors import CheckpointError, RefusedError
 from assayer.files import natural_key, printable
 from assayer.formats import hf_dir, single_file
@@ -41,10 +40,9 @@ def missing(listing: Listing) -> str | None:
     last = None if named is None else _number(named)
     if tag is not None and last is not None and last < tag:
         return f"`latest` still names {printable(named or '')[:100]}"
-    for name in weights(listing):
-        problem = incomplete(listing.file(name))
-        if problem:
-            return f"{name} {problem}"
+    cut = first_incomplete(listing, weights(listing))
+    if cut:
+        return cut
     try:
         absent = _absent(listing)
     except RefusedError:

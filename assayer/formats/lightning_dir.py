@@ -4,8 +4,7 @@
 lies under ``model`` or ``state_dict``, behind the attribute of the LightningModule that holds the network.
 """
 
-from assayer.checkpoint import Listing, Position
-from assayer.content import incomplete
+from assayer.checkpoint import Listing, Position, first_incomplete
 from assayer.errors import RefusedError
 from assayer.formats import dcp, lightning_file, single_file
 from assayer.tensors import Tensor
@@ -30,8 +29,7 @@ def missing(listing: Listing) -> str | None:
         return reason
     if META not in listing.names:
         return f"no {META} yet"
-    problem = incomplete(listing.file(META))
-    return f"{META} {problem}" if problem else None
+    return first_incomplete(listing, [META])
 
 
 def unmarked(listing: Listing) -> str | None:

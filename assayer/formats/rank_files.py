@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from assayer.checkpoint import Listing, Position, count_of, first_absent
+from assayer.checkpoint import Listing, Position, count_of, first_absent, first_incomplete
 from assayer.containers import model_names
-from assayer.content import incomplete
 from assayer.errors import CheckpointError
 from assayer.files import printable
 from assayer.formats import single_file
@@ -59,11 +58,7 @@ def missing(listing: Listing) -> str | None:
             return f"no {folder}{kind}_world_size_{world}_rank_{absent}.pt yet"
         if len(files) > world or world < 1:
             return f"holds the file of rank {max(files)} of {world}"
-    for name in weights(listing):
-        problem = incomplete(listing.file(name))
-        if problem:
-            return f"{name} {problem}"
-    return None
+    return first_incomplete(listing, weights(listing))
 
 
 def unmarked(listing: Listing) -> str | None:

@@ -1,6 +1,7 @@
 """Averages checkpoints of one model: float32 accumulation, one box of one tensor at a time, whatever their formats."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from assayer.checkpoint import Found
 from assayer.errors import CheckpointError, StateError, UsageError
-from assayer.files import printable, write_json
+from assayer.files import printable
 from assayer.merge.names import Target
 from assayer.merge.output import check_room, part_folder
 from assayer.merge.reader import Assembly, Source, boxes
-from assayer.merge.run import Merged, Options, Plan, prepare, refuse_changed, refuse_output, size_in_bytes, without_tied
-from assayer.merge.writer import INDEX, OutputFile, allocated, index_of, layout
+from assayer.merge.run import Merged, Options, Plan, prepare, refuse_changed, refuse_output, size_in_bytes, without_tied, write_around
+from assayer.merge.writer import OutputFile, allocated, layout
 
 if TYPE_CHECKING:
     from assayer.merge.casts import Array
@@ -70,8 +71,6 @@ def mean(
         StateError: the output cannot be written.
         UsageError: the output is there already.
     """
-    import time
-
     began = time.monotonic()
     inputs = []
     for one, share in zip(found, shares, strict=True):
@@ -92,9 +91,7 @@ def mean(
         try:
             for file in files:
                 _write(part, file, inputs, advance)
-            if len(files) > 1:
-                write_json(part / INDEX, index_of(files))
-            first.plan.around.write(part, first.plan.dtype)
+            write_around(part, files, first.plan)
         except OSError as error:
             raise StateError(f"cannot write below {printable(str(part))}: {error.strerror}") from None
         finally:

@@ -19,7 +19,7 @@ from assayer.merge.hf import Companions, companions, is_tied
 from assayer.merge.names import Target, head_size, key_map, targets
 from assayer.merge.output import check_room, default_output, part_folder
 from assayer.merge.reader import Assembly, Source, boxes
-from assayer.merge.writer import INDEX, index_of, layout, write_files
+from assayer.merge.writer import INDEX, OutputFile, index_of, layout, write_files
 from assayer.record import OWN_FOLDERS
 from assayer.tensors import DTYPES, Dtype, Tensor
 
@@ -113,7 +113,6 @@ class Plan:
 
     found: Found
     wanted: list[Target]
-    tensors: list[Tensor]
     around: Companions
     dtype: Dtype | None
     notes: list[str]
@@ -169,12 +168,7 @@ def run(
         finally:
             source.close()
         refuse_changed(found)
-        try:
-            if len(files) > 1:
-                write_json(part / INDEX, index_of(files))
-            plan.around.write(part, plan.dtype)
-        except OSError as error:
-            raise StateError(f"cannot write below {printable(str(part))}: {error.strerror}") from None
+        write_around(part, files, plan)
         shutil.rmtree(part / _READING, ignore_errors=True)
     seconds = time.monotonic() - began
     return Merged(
@@ -188,6 +182,20 @@ def run(
         seconds,
         plan.notes,
     )
+
+
+def write_around(part: Path, files: Sequence[OutputFile], plan: Plan) -> None:
+    """Writes what stands beside the weights: the index of several files, config, tokenizer.
+
+    Raises:
+        StateError: it cannot be written.
+    """
+    try:
+        if len(files) > 1:
+            write_json(part / INDEX, index_of(files))
+        plan.around.write(part, plan.dtype)
+    except OSError as error:
+        raise StateError(f"cannot write below {printable(str(part))}: {error.strerror}") from None
 
 
 def refuse_output(found: Found, output: Path) -> None:
@@ -259,7 +267,7 @@ def prepare(found: Found, options: Options, holder: Found | None = None, variant
 
         told = check_model(wanted, around.config)
         notes += [told] if told else []
-    return Plan(found, wanted, tensors, around, dtype, notes)
+    return Plan(found, wanted, around, dtype, notes)
 
 
 def find_checkpoint(path: Path) -> Found:
