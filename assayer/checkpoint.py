@@ -26,6 +26,7 @@ __all__ = [
     "identity",
     "list_files",
     "list_path",
+    "needed",
 ]
 
 
@@ -191,6 +192,10 @@ class Format(Protocol):
         """A regular expression of the folders inside it that belong to it; no other checkpoint is looked for in those."""
 
     @property
+    def RESUMING(self) -> str:
+        """A regular expression of the files in it by which training goes on, and no evaluation: optimizer, scheduler, random states."""
+
+    @property
     def SHARDED(self) -> bool:
         """True when no library loads it as it lies there: an evaluator gets it merged."""
 
@@ -219,6 +224,12 @@ class Format(Protocol):
             CheckpointError: the files contradict each other, or hold what cannot be merged.
             OSError: a file is gone or cannot be read.
         """
+
+
+def needed(listing: Listing, form: Format) -> list[str]:
+    """Names of the files that an evaluation needs: the weights, and what stands around them, such as a config and a tokenizer."""
+    kept = set(form.weights(listing))
+    return sorted(name for name in listing.names if name in kept or not (form.RESUMING and re.fullmatch(form.RESUMING, name)))
 
 
 def identity(listing: Listing, weights: Sequence[str]) -> str:

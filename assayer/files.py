@@ -18,6 +18,7 @@ from typing import Any
 from assayer.errors import StateError
 
 __all__ = [
+    "alone",
     "digest",
     "is_locked",
     "lock_file",
@@ -157,6 +158,30 @@ def locked(path: Path) -> Iterator[None]:
         raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[int]:
+    """Holds the lock of ``path`` (its open descriptor) while the block runs, and removes the file behind it; waits for it."""
+    while True:
+        descriptor = lock_file(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is_open_as(descriptor, path):
+                # Whoever had it has removed it.
+                continue
+            yield descriptor
+            path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    try:
+        return os.fstat(descriptor).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 def digest(*parts: str | bytes) -> str:

@@ -8,8 +8,9 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from assayer.errors import StateError
 from assayer.files import digest, printable, private_directory, read_json, write_json
 from assayer.refs import Reference
 
-__all__ = ["Evaluator", "Mark", "Merging", "Plan", "PlanStore", "host_name", "state_directory"]
+__all__ = ["Baseline", "Evaluator", "Merging", "Plan", "PlanStore", "host_name", "state_directory"]
 
 
 def state_directory() -> Path:
@@ -61,12 +62,52 @@ class Merging:
     scratch_bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class Mark:
-    """How a checkpoint of the baseline is known again: by its listing's signature, or else by its weights' identity."""
+class Baseline:
+    """The checkpoints that were whole when a watch began, each by two marks: its listing's signature, and its weights' identity.
 
-    signature: str
-    identity: str
+    A mark is 16 hexadecimal digits over the path below the watched directory and the one or the other, so that a directory that is given
+    by another path keeps its baseline, and 200,000 checkpoints take some megabytes.
+    """
+
+    def __init__(self, marks: Iterable[str] = ()) -> None:
+        self.marks = frozenset(marks)
+
+    @classmethod
+    def of(cls, whole: Iterable[tuple[str, str, str]]) -> "Baseline":
+        """Of path below the directory, signature and identity of each checkpoint."""
+        return cls(_mark(kind, path, word) for path, *words in whole for kind, word in zip(_KINDS, words, strict=True))
+
+    def has_signature(self, path: str, signature: str) -> bool:
+        """True for a checkpoint that was there, and whose files have not been touched since."""
+        return bool(self.marks) and _mark("signature", path, signature) in self.marks
+
+    def has_identity(self, path: str, identity: str) -> bool:
+        """True for a checkpoint that was there with these weights."""
+        return bool(self.marks) and _mark("identity", path, identity) in self.marks
+
+    def __len__(self) -> int:
+        return len(self.marks) // len(_KINDS)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Baseline) and self.marks == other.marks
+
+    def __hash__(self) -> int:
+        return hash(self.marks)
+
+    @cached_property
+    def name(self) -> str:
+        """A digest of the marks; empty where there are none."""
+        return digest(*sorted(self.marks))[:16] if self.marks else ""
+
+    def to_json(self) -> list[str]:
+        return sorted(self.marks)
+
+
+_KINDS = ("signature", "identity")
+
+
+def _mark(kind: str, path: str, word: str) -> str:
+    return digest(kind, path, word)[:16]
 
 
 @dataclass(frozen=True)
@@ -87,8 +128,13 @@ class Plan:
     quiet_period: float = 30.0
     order: str = "oldest"
     every: int | None = None
+    latest_only: bool = False
     timeout: int = 86400
     retries: int = 2
+    # How much of what waits is protected from deletion: checkpoints of a folder, bytes of it (None: any), free part of the file system.
+    hold: int = 8
+    hold_bytes: int | None = None
+    hold_min_free: float = 0.1
     results_dir: str | None = None
     once: bool = False
     until_idle: float | None = None
@@ -105,7 +151,9 @@ class Plan:
     given: float = 0.0
     detached: bool = False
     active: bool = True
-    baseline: dict[str, Mark] = field(default_factory=dict)
+    # The name of its baseline, which lies beside the plan, and how many checkpoints that has.
+    baseline: str = ""
+    there_before: int = 0
 
     @property
     def id(self) -> str:
@@ -127,18 +175,30 @@ class Plan:
         """True when this watch is to end by itself."""
         return self.once or self.until_idle is not None or self.until_step is not None or self.until_file is not None
 
+    def below(self, path: str) -> str:
+        """A checkpoint's path as the baseline knows it: below the directory, whatever way that was given; of a pattern as it is."""
+        return path if self.is_pattern else os.path.relpath(path, self.directory)
+
+    def with_baseline(self, baseline: Baseline) -> "Plan":
+        """The same plan, naming this baseline."""
+        return replace(self, baseline=baseline.name, there_before=len(baseline))
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Plan":
-        baseline = {path: Mark(**mark) for path, mark in value["baseline"].items()}
+        if not isinstance(value["baseline"], str):
+            raise TypeError("the baseline of an earlier version")
         merging = Merging(**value.get("merging", {}))
-        return cls(**{**value, "evaluator": Evaluator.from_json(value["evaluator"]), "merging": merging, "baseline": baseline})
+        return cls(**{**value, "evaluator": Evaluator.from_json(value["evaluator"]), "merging": merging})
 
 
 class PlanStore:
-    """The plans of this user, one JSON file each below ``<state>/watches``; the file name is the plan's id."""
+    """The plans of this user, one JSON file each below ``<state>/watches``; the file name is the plan's id.
+
+    Beside it lies its baseline, ``<id>-<name of the baseline>.marks``: it is large, and read once.
+    """
 
     def __init__(self, state: Path) -> None:
         self.folder = private_directory(state / "watches")
@@ -147,15 +207,54 @@ class PlanStore:
         return self.folder / f"{plan_id}.json"
 
     def read(self, plan_id: str) -> Plan | None:
-        value = read_json(self.path(plan_id))
+        """The plan of this id, if there is one; what was read before is not read again while the file is the same."""
+        path = self.path(plan_id)
         try:
-            return Plan.from_json(value) if value else None
+            status = path.stat()
+        except OSError:
+            return None
+        stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
+        known = _read_plans.get(path)
+        if known and known[0] == stamp:
+            return known[1]
+        value = read_json(path)
+        try:
+            plan = Plan.from_json(value) if value else None
         except (TypeError, KeyError, AttributeError):
-            raise StateError(f"{printable(str(self.path(plan_id)))} is no plan that this version reads; remove it") from None
+            raise StateError(f"{printable(str(path))} is no plan that this version reads; remove it") from None
+        _read_plans[path] = (stamp, plan)
+        return plan
 
-    def write(self, plan: Plan) -> None:
+    def baseline(self, plan: Plan) -> Baseline:
+        """The baseline of a plan.
+
+        Raises:
+            StateError: it is gone or damaged.
+        """
+        if not plan.baseline:
+            return Baseline()
+        path = self._baseline_path(plan)
+        marks = read_json(path)
+        if not isinstance(marks, list) or not all(isinstance(mark, str) for mark in marks):
+            raise StateError(
+                f"{printable(str(path))} is gone or damaged; give the watch of {printable(plan.directory)} again with --forget"
+            )
+        return Baseline(marks)
+
+    def _baseline_path(self, plan: Plan) -> Path:
+        return self.folder / f"{plan.id}-{plan.baseline}.marks"
+
+    def write(self, plan: Plan, baseline: Baseline | None = None) -> None:
+        """Writes a plan; its baseline goes first, unless it is there already."""
         try:
+            path = self._baseline_path(plan)
+            if plan.baseline and baseline is not None and not path.exists():
+                write_json(path, baseline.to_json(), 0o600)
             write_json(self.path(plan.id), plan.to_json(), 0o600)
+            if baseline is not None:
+                for other in self.folder.glob(f"{plan.id}-*.marks"):
+                    if other != path:
+                        other.unlink(missing_ok=True)
         except OSError as error:
             raise StateError(f"cannot write the plan {printable(str(self.path(plan.id)))}: {error.strerror}") from None
 
@@ -171,8 +270,11 @@ class PlanStore:
         """A sentence for each file that should be a plan and is none."""
         for path in sorted(self.folder.glob("*.json")):
             try:
-                if self.read(path.stem) is None:
+                plan = self.read(path.stem)
+                if plan is None:
                     yield f"{printable(str(path))} is damaged; remove it and give its watch again"
+                elif plan.active:
+                    self.baseline(plan)
             except StateError as error:
                 yield str(error)
 
@@ -185,3 +287,7 @@ class PlanStore:
         plan = self.read(plan_id)
         if plan and plan.active and (given is None or plan.given == given):
             self.write(replace(plan, active=False))
+
+
+# Plans as they were last read, by file: whoever looks after a thousand watches reads only what has changed.
+_read_plans: dict[Path, tuple[tuple[int, int, int], Plan | None]] = {}

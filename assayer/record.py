@@ -16,7 +16,7 @@ from typing import Any
 from assayer.errors import AssayerError
 from assayer.files import digest, read_json, short_name, write_json
 
-__all__ = ["OWN_FOLDERS", "STATUSES", "Place", "Record", "flatten", "now_utc", "run_folder"]
+__all__ = ["OWN_FOLDERS", "STATUSES", "Place", "Record", "flatten", "hold_folder", "hold_key", "now_utc", "run_folder"]
 
 SCHEMA = 1
 STATUSES = ("finished", "failed", "timeout", "superseded", "vanished", "skipped", "cancelled")
@@ -46,6 +46,8 @@ class Record:
     epoch: float | None
     tokens: int | None
     identity: str
+    # Of the listing when the identity was read: where it is still the same, the identity need not be read again.
+    signature: str = field(kw_only=True, default="")
     weights: str
     evaluator: dict[str, Any]
     status: str
@@ -131,6 +133,16 @@ def run_folder(checkpoint: Path) -> Path:
     return run.parent if run.name == "checkpoints" and re.fullmatch(r"checkpoint_\d+", checkpoint.name) else run
 
 
+def hold_folder(checkpoint: Path) -> Path:
+    """The hidden folder in which checkpoints of this one's directory are protected from deletion; on their own file system."""
+    return run_folder(checkpoint) / "evals" / ".hold"
+
+
+def hold_key(checkpoint: str, identity: str) -> str:
+    """The name of a hold: a digest of the checkpoint's path and its weights' identity."""
+    return digest(checkpoint, identity)[:16]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the results of one checkpoint under one evaluator lie."""
@@ -195,14 +207,18 @@ class Place:
                 return record
         return None
 
-    def write(self, record: Record) -> Path:
+    def write(self, record: Record, is_current: bool = True) -> Path:
         """Writes the record, whole or not at all, and returns its path. Another identity's record under this name is kept beside it.
+
+        Args:
+            record: the outcome.
+            is_current: False when the path holds other weights by now: then the checkpoint's name is left to their record.
 
         Raises:
             OSError: the folder is read-only or full.
         """
         self.make_folder()
-        if record.status == "superseded":
+        if record.status == "superseded" or not is_current:
             path = self.earlier(record.identity)
         else:
             path = self.record

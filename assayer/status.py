@@ -22,7 +22,7 @@ from assayer.queues.connect import Target, open_running, target
 from assayer.queues.embedded import Server, other_hosts
 from assayer.queues.enqueue import open_queue
 from assayer.queues.recover import is_dead, our_workers
-from assayer.watch.show import BAD, Row, View, table_of
+from assayer.watch.show import BAD, Row, View, Watched, table_of
 from assayer.worker.launch import Crew
 from assayer.worker.supervise import retire_redis
 
@@ -80,7 +80,8 @@ def main(
 def gather(connection: Connection | None, state: Path, chosen: Target, queues: list[str]) -> dict[str, Any]:
     """Everything that status tells, as JSON."""
     plans = _plans(connection, state, chosen, queues[0])
-    watches = [_watch(connection, plan) for plan in plans]
+    shown = View(connection).watched(plans) if connection is not None else [Watched([], "", 0) for _ in plans]
+    watches = [_watch(connection, plan, one) for plan, one in zip(plans, shown, strict=True)]
     told: dict[str, Any] = {"redis": chosen.name, "running": connection is not None, "watches": watches}
     told["queues"] = {name: _lengths(connection, name) for name in queues} if connection is not None else {}
     told["workers"] = _workers(connection, queues) if connection is not None else []
@@ -104,11 +105,10 @@ def _plans(connection: Connection | None, state: Path, chosen: Target, queue: st
     return sorted({**stored, **running}.values(), key=lambda plan: (plan.directory, plan.label))
 
 
-def _watch(connection: Connection | None, plan: Plan) -> dict[str, Any]:
+def _watch(connection: Connection | None, plan: Plan, shown: Watched) -> dict[str, Any]:
     board = Board(connection, plan.watch_queue) if connection is not None else None
     tick = board.tick(plan.id) if board else {"problem": ""}
     active = board.has(plan.id) if board else False
-    rows = View(connection).rows(plan) if connection is not None else []
     return {
         "directory": plan.directory,
         "evaluator": plan.label,
@@ -118,7 +118,9 @@ def _watch(connection: Connection | None, plan: Plan) -> dict[str, Any]:
         "last_look": tick.get("last"),
         "next_look": tick.get("next") if active else None,
         "problem": tick["problem"] if active else "",
-        "checkpoints": [asdict(row) for row in rows],
+        "there_before": plan.there_before,
+        "left_out": shown.left_out,
+        "checkpoints": [asdict(row) for row in shown.rows],
     }
 
 
@@ -157,8 +159,9 @@ def _shown(told: dict[str, Any], limit: int | None = None) -> Group:
         parts.append(Text(f"\n{name}: {watch['state']}{when}", style="bold"))
         if watch["problem"]:
             parts.append(Text(f"  {printable(watch['problem'])}", style="yellow"))
-        if watch["checkpoints"]:
-            parts.append(table_of([Row(**c) for c in watch["checkpoints"]], limit=limit))
+        if watch["checkpoints"] or watch["there_before"]:
+            rows = [Row(**c) for c in watch["checkpoints"]]
+            parts.append(table_of(rows, limit=limit, there_before=watch["there_before"], left_out=watch["left_out"]))
     parts += [Text(printable(problem), style="yellow") for problem in told["problems"]]
     if told["failed"]:
         parts.append(Text(f"\n{len(told['failed'])} failed", style="red"))

@@ -11,6 +11,7 @@ from assayer.tensors import Tensor
 
 REFINES = ("hf_dir",)
 FOLDERS = ""
+RESUMING = r"(optimizer|scheduler|sampler|custom_checkpoint)(_\d+)?\.(bin|pt|pkl)|scaler\.pt"
 SHARDED = False
 
 _RANDOM = re.compile(r"random_states_(\d+)\.pkl")

@@ -22,6 +22,7 @@ from assayer.tensors import DTYPES, Dtype, Piece, Tensor, cover, dtype_of
 
 REFINES: tuple[str, ...] = ()
 FOLDERS = ""
+RESUMING = ""
 SHARDED = True
 
 # Folders of other formats that hold an optimizer alone.

@@ -9,6 +9,7 @@ from assayer.tensors import Tensor
 
 REFINES: tuple[str, ...] = ()
 FOLDERS = r"weights|model_weights|model|optim|optimizer|context"
+RESUMING = r"(optim|optimizer|context)/.*"
 SHARDED = True
 
 _MODEL = r"weights|model_weights|model"

@@ -14,6 +14,7 @@ from assayer.tensors import Tensor, cover
 
 REFINES = ("dcp",)
 FOLDERS = ""
+RESUMING = ""
 SHARDED = True
 
 _METADATA = re.compile(r"__\d+\.metadata")

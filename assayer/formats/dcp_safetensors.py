@@ -18,6 +18,7 @@ from assayer.tensors import Piece, Tensor, cover
 
 REFINES: tuple[str, ...] = ()
 FOLDERS = "sharded"
+RESUMING = ""
 SHARDED = True
 
 _SHARD = re.compile(r"(?:sharded/)?shard-(\d+)-model-\d+-of-\d+\.safetensors")

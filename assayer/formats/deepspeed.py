@@ -23,6 +23,7 @@ from assayer.torch_file import TorchFile, leaves, read_torch_file, whole_tensors
 
 REFINES = ("accelerate",)
 FOLDERS = r"global_step\d+|pytorch_model(_\d+)?|checkpoint"
+RESUMING = r"(optimizer|scheduler|sampler|custom_checkpoint)(_\d+)?\.(bin|pt|pkl)|scaler\.pt|rng_state(_\d+)?\.pth"
 SHARDED = True
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")

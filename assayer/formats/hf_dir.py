@@ -20,6 +20,7 @@ from assayer.torch_file import leaves, read_torch_file, whole_tensors
 # With the gathered weights at hand, DeepSpeed's shards inside, or those that were consolidated, are not needed.
 REFINES = ("deepspeed", "dcp_safetensors")
 FOLDERS = r"sharded|optimizer_\d+"
+RESUMING = r"(optimizer|scheduler)\.(pt|bin)|scaler\.pt|rng_state(_\d+)?\.pth|optimizer_\d+/.*"
 SHARDED = False
 
 STATE = "trainer_state.json"

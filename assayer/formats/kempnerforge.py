@@ -15,6 +15,7 @@ from assayer.tensors import Tensor
 
 REFINES = ("dcp",)
 FOLDERS = r"pp\d+"
+RESUMING = ""
 SHARDED = True
 
 _STATE = "train_state.pt"

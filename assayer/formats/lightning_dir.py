@@ -12,6 +12,7 @@ from assayer.torch_file import read_torch_file
 
 REFINES = ("dcp",)
 FOLDERS = ""
+RESUMING = ""
 SHARDED = True
 
 META = "meta.pt"

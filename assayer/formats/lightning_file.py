@@ -13,6 +13,7 @@ from assayer.torch_file import read_torch_file
 
 REFINES = ("single_file",)
 FOLDERS = ""
+RESUMING = ""
 SHARDED = False
 
 # Bytes of a description that is read for a position alone.

@@ -13,6 +13,7 @@ from assayer.tensors import Tensor
 
 REFINES = ("dcp",)
 FOLDERS = ""
+RESUMING = ""
 SHARDED = True
 
 _MARK = "metadata.json"

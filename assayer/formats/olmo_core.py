@@ -14,6 +14,7 @@ from assayer.torch_file import read_torch_file
 
 REFINES: tuple[str, ...] = ()
 FOLDERS = "model_and_optim|train"
+RESUMING = ""
 SHARDED = True
 
 _MODEL = "model_and_optim"

@@ -11,6 +11,7 @@ from assayer.formats import dcp
 
 REFINES = ("dcp",)
 FOLDERS = ""
+RESUMING = ""
 SHARDED = True
 
 missing = dcp.missing

@@ -21,6 +21,10 @@ from assayer.torch_file import TorchFile, leaves, read_torch_file
 
 REFINES = ("accelerate_fsdp", "hf_dir", "accelerate")
 FOLDERS = r"pytorch_model_fsdp_\d+|pytorch_ema_model_fsdp_\d+|optimizer|extra_state|dataloader_state|actor|critic|huggingface"
+RESUMING = (
+    r"(optimizer|extra_state|dataloader_state|critic)/.*|(.*/)?(optim|extra_state)_world_size_\d+_rank_\d+\.pt"
+    r"|(optimizer|scheduler)\.pt|rng_state(_\d+)?\.pth"
+)
 SHARDED = True
 
 # Seconds between the ranks' files of one save; when they are further apart, the quiet period decides.

@@ -17,6 +17,7 @@ from assayer.torch_file import leaves, read_torch_file, whole_tensors
 
 REFINES: tuple[str, ...] = ()
 FOLDERS = ""
+RESUMING = ""
 SHARDED = False
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")

@@ -1,23 +1,41 @@
 """What watches publish in Redis: their plans, what they saw of each checkpoint, and when they look again.
 
-Redis is only told; the plans are on disk (``plan.py``), and done is what has a record (``record.py``).
+Redis is only told; the plans are on disk (``plan.py``), and done is what has a record (``record.py``). Of what is settled only the last
+checkpoints stay in sight, so that neither Redis nor a tick grows with what was evaluated long ago.
 """
 
-import contextlib
 import json
 import logging
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from assayer.plan import Plan
+from assayer.plan import Baseline, Plan
 from assayer.queues import Connection
 
-__all__ = ["Board"]
+__all__ = ["Board", "Note", "queues_with_watches"]
 
 logger = logging.getLogger(__name__)
 
 # Seconds that the last sight of a watch stays readable after it has ended.
 KEEP = 86400
+# The names of the watch queues that have, or had, a plan.
+_QUEUES = "assayer:watch-queues"
+
+
+@dataclass(frozen=True)
+class Note:
+    """What one look at a watch leaves: when the next one is due, its own moment, since when nothing has happened, what hinders it.
+
+    Times in seconds since the epoch; None: as it was.
+    """
+
+    plan_id: str
+    next: float
+    last: float | None = None
+    active_at: float | None = None
+    problem: str | None = None
 
 
 class Board:
@@ -29,6 +47,10 @@ class Board:
         self._prefix = f"assayer:{queue}:"
         self._ids = f"{self._prefix}plans"
         self._ended = f"{self._prefix}ended"
+        # One hash (or sorted set) for all watches of the queue each, by plan: a tick reads and writes them in one go.
+        self._due, self._given = f"{self._prefix}due", f"{self._prefix}given"
+        self._last, self._problem, self._active = f"{self._prefix}last", f"{self._prefix}problem", f"{self._prefix}active"
+        self._version, self._settled = f"{self._prefix}version", f"{self._prefix}settled"
 
     def plan_key(self, plan_id: str) -> str:
         return f"{self._prefix}plan:{plan_id}"
@@ -36,26 +58,33 @@ class Board:
     def sight_key(self, plan_id: str) -> str:
         return f"{self._prefix}sight:{plan_id}"
 
-    def tick_key(self, plan_id: str) -> str:
-        return f"{self._prefix}tick:{plan_id}"
+    def _baseline_key(self, plan_id: str) -> str:
+        return f"{self._prefix}baseline:{plan_id}"
 
-    def put(self, plan: Plan) -> None:
-        """Publishes a plan; the next tick serves it at once."""
+    def put(self, plan: Plan, baseline: Baseline) -> None:
+        """Publishes a plan with its baseline; the next tick serves it at once."""
         with self.connection.pipeline() as pipe:
+            pipe.sadd(_QUEUES, self.queue)
             pipe.set(self.plan_key(plan.id), json.dumps(plan.to_json()))
+            pipe.set(self._baseline_key(plan.id), json.dumps(baseline.to_json()))
             pipe.sadd(self._ids, plan.id)
             pipe.hdel(self._ended, plan.id)
-            pipe.hdel(self.tick_key(plan.id), "last", "problem")
-            pipe.hset(self.tick_key(plan.id), mapping={"next": 0, "active_at": time.time(), "given": repr(plan.given)})
+            pipe.hset(self._given, plan.id, repr(plan.given))
+            pipe.hset(self._active, plan.id, time.time())
+            pipe.hdel(self._last, plan.id)
+            pipe.hdel(self._problem, plan.id)
+            pipe.zadd(self._due, {plan.id: 0})
             pipe.persist(self.sight_key(plan.id))
             pipe.execute()
 
-    def plans(self) -> list[Plan]:
-        """The plans that run, by directory and evaluator."""
-        ids = sorted(i.decode() for i in self.connection.smembers(self._ids))
-        if not ids:
-            return []
-        found = self.connection.mget([self.plan_key(i) for i in ids])
+    def ids(self) -> set[str]:
+        """The ids of the plans that run."""
+        return {i.decode() for i in self.connection.smembers(self._ids)}
+
+    def plans(self, only: Iterable[str] | None = None) -> list[Plan]:
+        """The plans that run (or those of these ids), by directory and evaluator."""
+        ids = sorted(self.ids() if only is None else only)
+        found = self.connection.mget([self.plan_key(i) for i in ids]) if ids else []
         plans = []
         for plan_id, text in zip(ids, found, strict=True):
             if text:
@@ -65,6 +94,12 @@ class Board:
                     logger.warning("plan %s on queue %s is of another version of assayer; it is passed over", plan_id, self.queue)
         return sorted(plans, key=lambda plan: (plan.directory, plan.evaluator.name))
 
+    def baseline(self, plan: Plan) -> Baseline | None:
+        """The baseline of a plan; None when it is not here, because the plan was replaced or taken off meanwhile."""
+        text = self.connection.get(self._baseline_key(plan.id)) if plan.baseline else b"[]"
+        baseline = None if text is None else Baseline(json.loads(text))
+        return baseline if baseline is not None and baseline.name == plan.baseline else None
+
     def has(self, plan_id: str) -> bool:
         return bool(self.connection.exists(self.plan_key(plan_id)))
 
@@ -72,11 +107,14 @@ class Board:
         """Takes a plan off; True when it was there. A tick that is serving it notices before it queues another evaluation."""
         with self.connection.pipeline() as pipe:
             pipe.delete(self.plan_key(plan.id))
+            pipe.delete(self._baseline_key(plan.id))
             pipe.srem(self._ids, plan.id)
+            pipe.zrem(self._due, plan.id)
             pipe.hset(self._ended, plan.id, repr(plan.given))
             pipe.expire(self._ended, KEEP)
             pipe.expire(self.sight_key(plan.id), KEEP)
-            pipe.expire(self.tick_key(plan.id), KEEP)
+            for key in (self._given, self._active, self._problem):
+                pipe.hdel(key, plan.id)
             return bool(pipe.execute()[0])
 
     def ended(self, plan: Plan) -> bool:
@@ -85,64 +123,95 @@ class Board:
         return given is not None and float(given) >= plan.given
 
     def sights(self, plan_id: str) -> dict[str, dict[str, Any]]:
-        """What the last tick saw: for each path its name, state, reason, step, job and, once it is done, its record's main fields."""
+        """What the ticks saw: for each path its name, state, reason, step, job and, once it is done, its record's main fields.
+
+        All that is under way, and of what is settled the last checkpoints; ``settled`` tells how many there were.
+        """
         found = self.connection.hgetall(self.sight_key(plan_id))
         return {path.decode("utf-8", "surrogateescape"): json.loads(text) for path, text in found.items()}
 
-    def publish(self, plan_id: str, changed: dict[str, dict[str, Any]], gone: list[str]) -> None:
-        """Brings the sights of a watch up to date; paths in ``gone`` are taken out."""
+    def publish(self, plan_id: str, changed: dict[str, dict[str, Any]], gone: list[str], settled: int) -> None:
+        """Brings the sights of a watch up to date; paths in ``gone`` are taken out, ``settled`` is how many are settled by now."""
         key = self.sight_key(plan_id)
+        if not changed and not gone:
+            return
         with self.connection.pipeline() as pipe:
             if changed:
                 pipe.hset(key, mapping={_field(path): json.dumps(sight) for path, sight in changed.items()})
             if gone:
                 pipe.hdel(key, *[_field(path) for path in gone])
-            if changed or gone:
-                pipe.execute()
+            pipe.hset(self._settled, plan_id, settled)
+            pipe.hincrby(self._version, plan_id, 1)
+            pipe.execute()
+
+    def versions(self, plan_ids: list[str]) -> list[tuple[int, str, int]]:
+        """Of each plan a number that grows with each change of its sights, what hinders it, and how many checkpoints are settled."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            for key in (self._version, self._problem, self._settled):
+                pipe.hmget(key, plan_ids)
+            versions, problems, settled = pipe.execute() if plan_ids else ([], [], [])
+        return [
+            (int(version or 0), (problem or b"").decode("utf-8", "replace"), int(count or 0))
+            for version, problem, count in zip(versions, problems, settled, strict=True)
+        ]
 
     def tick(self, plan_id: str) -> dict[str, Any]:
         """When a watch looked last, when it looks next, and what hinders it: ``last``, ``next``, ``problem``, ``active_at``."""
-        found = {k.decode(): v.decode("utf-8", "replace") for k, v in self.connection.hgetall(self.tick_key(plan_id)).items()}
+        last, active, problem = (self.connection.hget(key, plan_id) for key in (self._last, self._active, self._problem))
+        moments = {"last": last, "next": self.connection.zscore(self._due, plan_id), "active_at": active}
         return {
-            **{name: float(found[name]) for name in ("last", "next", "active_at") if name in found},
-            "problem": found.get("problem", ""),
+            **{name: float(moment) for name, moment in moments.items() if moment is not None},
+            "problem": (problem or b"").decode("utf-8", "replace"),
         }
 
-    def note_tick(self, plan_id: str, **values: object) -> None:
+    def active_at(self, plan_ids: list[str]) -> list[float | None]:
+        """Since when nothing has happened in each of these watches."""
+        found = self.connection.hmget(self._active, plan_ids) if plan_ids else []
+        return [None if moment is None else float(moment) for moment in found]
+
+    def note(self, notes: list[Note]) -> None:
+        """Writes down what looks have left; of a plan that was taken off meanwhile nothing stays for long."""
+        if not notes:
+            return
         with self.connection.pipeline() as pipe:
-            pipe.hset(self.tick_key(plan_id), mapping={name: str(value) for name, value in values.items()})
-            # A tick that was overtaken by a shutdown leaves nothing behind for ever.
-            pipe.expire(self.tick_key(plan_id), 30 * KEEP)
+            # A plan that was taken off in the meantime must not come back as due: only what is there is changed.
+            pipe.zadd(self._due, {note.plan_id: note.next for note in notes}, xx=True)
+            fields = (("last", self._last), ("active_at", self._active))
+            for name, key in fields:
+                moments = {note.plan_id: getattr(note, name) for note in notes if getattr(note, name) is not None}
+                if moments:
+                    pipe.hset(key, mapping=moments)
+            problems = {note.plan_id: note.problem for note in notes if note.problem}
+            well = [note.plan_id for note in notes if note.problem == ""]
+            if problems:
+                pipe.hset(self._problem, mapping=problems)
+            if well:
+                pipe.hdel(self._problem, *well)
             pipe.execute()
 
-    def is_current(self, plan: Plan) -> bool:
-        """False when the watch was stopped or given anew since ``plan`` was read."""
-        given = self.connection.hget(self.tick_key(plan.id), "given")
-        return self.has(plan.id) and given is not None and float(given) == plan.given
+    def given(self) -> dict[str, float]:
+        """When each plan that runs was given: what tells a plan from its successor."""
+        return {plan_id.decode(): float(given) for plan_id, given in self.connection.hgetall(self._given).items()}
 
-    def due(self, plans: list[Plan], now: float) -> list[Plan]:
-        """The plans whose next look has come."""
-        with self.connection.pipeline(transaction=False) as pipe:
-            for plan in plans:
-                pipe.hget(self.tick_key(plan.id), "next")
-            moments = pipe.execute()
-        return [plan for plan, moment in zip(plans, moments, strict=True) if float(moment or 0) <= now]
+    def due(self, now: float) -> list[str]:
+        """The ids of the plans whose next look has come, the longest overdue first."""
+        return [plan_id.decode() for plan_id in self.connection.zrangebyscore(self._due, "-inf", now)]
 
-    def next_due(self, plans: list[Plan]) -> float:
-        """When the earliest of these plans is to be served, in seconds since the epoch."""
-        with self.connection.pipeline(transaction=False) as pipe:
-            for plan in plans:
-                pipe.hget(self.tick_key(plan.id), "next")
-            return min((float(moment or 0) for moment in pipe.execute()), default=time.time())
+    def next_due(self, after: float | None = None) -> float | None:
+        """When the earliest plan (or the earliest after a moment) is to be served, in seconds since the epoch; None when there is none."""
+        least = "-inf" if after is None else f"({after!r}"
+        first = self.connection.zrangebyscore(self._due, least, "+inf", start=0, num=1, withscores=True)
+        return float(first[0][1]) if first else None
+
+    def newest_key(self) -> str:
+        """The hash that names, for each watch with ``--latest_only``, the job of the newest checkpoint that waits."""
+        return f"{self._prefix}newest"
 
 
 def queues_with_watches(connection: Connection) -> list[str]:
     """Names of the watch queues on this Redis that have a plan."""
-    found = []
-    for key in connection.scan_iter("assayer:*:plans", count=1000):
-        with contextlib.suppress(UnicodeDecodeError):
-            found.append(key.decode().removeprefix("assayer:").removesuffix(":plans"))
-    return sorted(found)
+    names = sorted(name.decode() for name in connection.smembers(_QUEUES))
+    return [name for name in names if connection.exists(f"assayer:{name}:plans")]
 
 
 def _field(path: str) -> bytes:

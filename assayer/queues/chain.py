@@ -97,7 +97,7 @@ def ensure(connection: Connection, queue: str, now: float | None = None) -> bool
 
 def hurry(connection: Connection, queue: str) -> None:
     """Makes the next tick come now: a command has changed the plans."""
-    if Board(connection, queue).plans():
+    if Board(connection, queue).ids():
         _seed(connection, queue, only_from=None)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,8 +14,24 @@ from rq.serializers import JSONSerializer
 from assayer.files import digest, printable
 from assayer.plan import Evaluator, Merging
 from assayer.queues import Connection
+from assayer.record import hold_key
 
-__all__ = ["EVALUATE", "LOST_MAX", "PREFIX", "Task", "enqueue", "is_in_flight", "is_merge_wanted", "open_queue", "statuses"]
+__all__ = [
+    "EVALUATE",
+    "LOST_MAX",
+    "PREFIX",
+    "Task",
+    "arrange",
+    "enqueue",
+    "is_in_flight",
+    "is_wanted",
+    "job_id",
+    "note_of",
+    "note_served",
+    "open_queue",
+    "put_notes",
+    "statuses",
+]
 
 # Functions of ours, by name: jobs of other RQ users on the same queue never start with this.
 PREFIX = "assayer."
@@ -22,8 +39,8 @@ EVALUATE = "assayer.worker.eval_job.evaluate"
 
 # Seconds that RQ's own alarm comes after the time limit that the job keeps by itself, for the merge and for the evaluation.
 ALARM_MARGIN = 120
-# Seconds after which Redis forgets who needed a merge.
-MERGE_TTL = 30 * 86400
+# Seconds after which Redis forgets who needed a merge or a hold.
+SHARED_TTL = 30 * 86400
 # Seconds that RQ keeps a finished and a failed job to be seen; the record is what counts.
 RESULT_TTL = 86400
 FAILURE_TTL = 7 * 86400
@@ -31,6 +48,14 @@ FAILURE_TTL = 7 * 86400
 # worker that cannot even begin the job, such as one without this package.
 LOST_MAX = 5
 _RQ_RETRIES = 20
+
+# When an evaluation of each folder's checkpoints began last, and how long (seconds) that is remembered.
+_SERVED = "assayer:served"
+_SERVED_TTL = 86400
+# Fields of ours in RQ's hash of a job: whose turn it takes, and its place among those of the same folder.
+_FOLDER, _RANK = "assayer_folder", "assayer_rank"
+# And what the watch has to say of it, such as that it is not protected from deletion.
+_NOTE = "assayer_note"
 
 _IN_FLIGHT = (JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED)
 
@@ -57,16 +82,35 @@ class Task:
     weights: str = "regular"
     merges: bool = False
     merging: Merging = field(default_factory=Merging)
+    # The listing's signature when the identity was read.
+    signature: str = ""
+    # With --latest_only: the hash and the field in Redis that name the newest job that waits.
+    newest: tuple[str, str] | None = None
 
     @property
     def id(self) -> str:
-        return digest(self.checkpoint, self.identity, self.evaluator.name, *([] if self.weights == "regular" else [self.weights]))
+        return job_id(self.checkpoint, self.identity, self.evaluator.name, self.weights)
+
+    @property
+    def folder(self) -> str:
+        """The folder of checkpoints that takes turns with others."""
+        return os.path.dirname(self.checkpoint)
 
     @property
     def merge_id(self) -> str:
         """The same for every evaluator of the same weights, merged in the same way."""
         how = (self.merging.dtype, self.merging.hf_config, self.merging.tokenizer, self.merging.key_map)
         return digest(self.checkpoint, self.identity, self.weights, *(word or "" for word in how))
+
+    @property
+    def hold_id(self) -> str:
+        """The same for every evaluator of the same weights."""
+        return hold_key(self.checkpoint, self.identity)
+
+    @property
+    def shared(self) -> list[str]:
+        """What this evaluation may have in common with others, and the last of them puts away: its hold and its merge."""
+        return [self.hold_id, *([self.merge_id] if self.merges else [])]
 
     @property
     def description(self) -> str:
@@ -79,7 +123,13 @@ class Task:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Task":
         merging = Merging(**value.get("merging", {}))
-        return cls(**{**value, "evaluator": Evaluator.from_json(value["evaluator"]), "merging": merging})
+        newest = tuple(value["newest"]) if value.get("newest") else None
+        return cls(**{**value, "evaluator": Evaluator.from_json(value["evaluator"]), "merging": merging, "newest": newest})
+
+
+def job_id(checkpoint: str, identity: str, evaluator: str, weights: str) -> str:
+    """The id of the job that evaluates these weights, whoever queues it."""
+    return digest(checkpoint, identity, evaluator, *([] if weights == "regular" else [weights]))
 
 
 def open_queue(connection: Connection, name: str) -> Queue:
@@ -101,15 +151,15 @@ def is_in_flight(status: str | None) -> bool:
     return status in _IN_FLIGHT
 
 
-def enqueue(queue: Queue, task: Task, guards: dict[str, str | None], at_front: bool = False) -> bool:
-    """Queues the task unless it is in flight already; all or nothing.
+def enqueue(queue: Queue, task: Task, guards: dict[str, str | None], newest_first: bool = False) -> bool:
+    """Queues the task unless it is in flight already; all or nothing. ``arrange`` gives it its place.
 
     Args:
         queue: where to.
         task: what.
         guards: Redis keys and the field ``generation`` they must still hold (None: the key must only exist); a watch that was stopped
             or replaced in the meantime queues nothing.
-        at_front: before those that wait.
+        newest_first: among those of the same folder, a later step goes before an earlier one.
 
     Returns:
         True when it was queued now.
@@ -145,25 +195,110 @@ def enqueue(queue: Queue, task: Task, guards: dict[str, str | None], at_front: b
                 pipe.delete(key)
                 pipe.zrem(queue.failed_job_registry.key, task.id)
                 pipe.zrem(queue.finished_job_registry.key, task.id)
-                if task.merges:
-                    pipe.sadd(_merge_key(task.merge_id), task.id)
-                    pipe.expire(_merge_key(task.merge_id), MERGE_TTL)
-                queue.enqueue_job(job, pipeline=pipe, at_front=at_front)
+                for shared in task.shared:
+                    pipe.sadd(_shared_key(shared), task.id)
+                    pipe.expire(_shared_key(shared), SHARED_TTL)
+                queue.enqueue_job(job, pipeline=pipe)
+                pipe.hset(key, mapping={_FOLDER: _field(task.folder), _RANK: _rank(task, newest_first)})
                 pipe.execute()
                 return True
             except WatchError:
                 continue
 
 
-def _merge_key(merge_id: str) -> str:
-    return f"{PREFIX.rstrip('.')}:merge:{merge_id}"
+def _rank(task: Task, newest_first: bool) -> float:
+    """What jobs of one folder are sorted by; what has no number goes first, or with the newest first last."""
+    number = task.step if task.step is not None else task.epoch
+    place = -1.0 if number is None else float(number)
+    return -place if newest_first else place
 
 
-def is_merge_wanted(connection: Connection, merge_id: str, done: str | None = None) -> bool:
-    """True while a job waits or runs that needs this merge; the job ``done``, which is at its end, no longer counts."""
+def _field(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+# Sorts a list of job ids: folders take turns, the one that was served longest ago first; within a folder by rank, then as they came. Jobs
+# of others on the same queue count as one more folder, in their own order. A second list that differs from the first is written back.
+_ARRANGE = """
+local ids = redis.call('LRANGE', KEYS[1], 0, -1)
+local jobs, folders = {}, {}
+for place, id in ipairs(ids) do
+  local told = redis.call('HMGET', ARGV[1] .. id, ARGV[2], ARGV[3])
+  local folder = told[1] or ''
+  local job = {id = id, place = place, rank = tonumber(told[2] or place), folder = folder}
+  jobs[place] = job
+  if not folders[folder] then
+    folders[folder] = {served = tonumber(redis.call('HGET', KEYS[2], folder) or 0), jobs = {}}
+  end
+  table.insert(folders[folder].jobs, job)
+end
+for _, folder in pairs(folders) do
+  table.sort(folder.jobs, function(a, b) if a.rank ~= b.rank then return a.rank < b.rank end return a.place < b.place end)
+  for turn, job in ipairs(folder.jobs) do
+    job.turn = turn
+    job.served = folder.served
+    job.first = folder.jobs[1].place
+  end
+end
+table.sort(jobs, function(a, b)
+  if a.turn ~= b.turn then return a.turn < b.turn end
+  if a.served ~= b.served then return a.served < b.served end
+  if a.first ~= b.first then return a.first < b.first end
+  return a.place < b.place
+end)
+local moved = 0
+for place, job in ipairs(jobs) do
+  if job.id ~= ids[place] then moved = moved + 1 end
+end
+if moved > 0 then
+  redis.call('DEL', KEYS[1])
+  for _, job in ipairs(jobs) do redis.call('RPUSH', KEYS[1], job.id) end
+end
+return moved
+"""
+
+
+def arrange(queue: Queue) -> int:
+    """Puts the waiting jobs of a queue into their order, in one step, and returns how many have another place now.
+
+    Folders of checkpoints take turns, so that one with 500 waiting does not starve one with a single one.
+    """
+    connection: Connection = queue.connection
+    return int(connection.eval(_ARRANGE, 2, queue.key, _SERVED, Job.redis_job_namespace_prefix, _FOLDER, _RANK))
+
+
+def note_served(connection: Connection, task: Task) -> None:
+    """Notes that it was the turn of this task's folder."""
+    with connection.pipeline() as pipe:
+        pipe.hset(_SERVED, _field(task.folder), time.time())
+        pipe.expire(_SERVED, _SERVED_TTL)
+        pipe.execute()
+
+
+def put_notes(connection: Connection, notes: dict[str, str]) -> None:
+    """Notes with waiting jobs, by id, what there is to say of them should their checkpoints vanish."""
+    with connection.pipeline(transaction=False) as pipe:
+        for waiting, note in notes.items():
+            pipe.hset(Job.key_for(waiting), _NOTE, note)
+        pipe.execute()
+
+
+def note_of(job: Job) -> str:
+    """What the watch has said of this job, as the rest of a sentence; empty when it has not."""
+    connection: Connection = job.connection
+    note = connection.hget(job.key, _NOTE)
+    return f"; it {note.decode(errors='replace')}" if note else ""
+
+
+def _shared_key(name: str) -> str:
+    return f"{PREFIX.rstrip('.')}:shared:{name}"
+
+
+def is_wanted(connection: Connection, shared: str, done: str | None = None) -> bool:
+    """True while a job waits or runs that needs this merge or hold; the job ``done``, which is at its end, no longer counts."""
     if done is not None:
-        connection.srem(_merge_key(merge_id), done)
-    jobs = [member.decode() for member in connection.smembers(_merge_key(merge_id))]
+        connection.srem(_shared_key(shared), done)
+    jobs = [member.decode() for member in connection.smembers(_shared_key(shared))]
     return any(is_in_flight(status) for status in statuses(connection, jobs).values())
 
 

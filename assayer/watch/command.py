@@ -7,7 +7,6 @@ import os
 import re
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from assayer.files import printable
 from assayer.merge.command import merge_options
 from assayer.merge.names import KEY_MAPS, key_map
 from assayer.merge.run import size_in_bytes
-from assayer.plan import Evaluator, Mark, Merging, Plan, PlanStore, host_name, state_directory
+from assayer.plan import Baseline, Evaluator, Merging, Plan, PlanStore, host_name, state_directory
 from assayer.queues import Connection, chain
 from assayer.queues.board import Board
 from assayer.queues.connect import Target, open_target, target
@@ -30,13 +29,14 @@ from assayer.watch.diff import baseline_of
 from assayer.watch.dry_run import show_dry_run
 from assayer.watch.foreground import Foreground
 from assayer.watch.look import Memory, directories_of, in_thread, see
+from assayer.watch.ready import Seen
 from assayer.worker.launch import Crew, Slot, eval_slots, watch_slots
 
 __all__ = ["main"]
 
 # Three years: what the alarm clocks below still take.
 SECONDS_MAX = 10**8
-# Seconds that a directory may take to be listed when the command is given.
+# Seconds without progress after which a directory that is listed when the command is given counts as hung.
 LISTING_TIMEOUT = 120
 
 
@@ -86,6 +86,22 @@ LISTING_TIMEOUT = 120
 )
 @click.option(
     "--order", type=click.Choice(["oldest", "newest"]), default="oldest", help="Which waiting checkpoint is evaluated first, by step."
+)
+@click.option("--latest_only", is_flag=True, help="Skip every checkpoint that is older than the newest one that waits.")
+@click.option(
+    "--hold",
+    type=click.IntRange(min=0),
+    default=8,
+    metavar="N",
+    help="How many waiting checkpoints of a folder are protected from deletion, by hard links below evals/.hold; 0: none.",
+)
+@click.option("--hold_bytes", metavar="SIZE", help="How much they may amount to, such as 200GB.  [default: any]")
+@click.option(
+    "--hold_min_free",
+    type=click.FloatRange(0, 100),
+    default=10.0,
+    metavar="PERCENT",
+    help="With less than this part of the file system free, none is protected.",
 )
 @click.option(
     "--every", type=click.IntRange(min=1), metavar="N", help="Only steps divisible by N, and the last one when the watch ends by itself."
@@ -175,16 +191,16 @@ def main(
         for w in variants
     ]
     store = PlanStore(state)
-    for plan in plans:
-        _refuse_another(plan, store)
+    _refuse_others(plans, store)
     if not dry_run:
         if plans[0].results_dir is not None:
             _make_results_dir(Path(plans[0].results_dir))
         open_target(chosen, state).close()
     keep_baseline = not (eval_existing or forget)
-    plans = _with_baselines(plans, store, keep_baseline, empty=eval_existing, once=bool(flags["once"]))
+    known = _with_baselines(plans, store, keep_baseline, empty=eval_existing, once=bool(flags["once"]))
+    plans = [plan for plan, _ in known]
     if dry_run:
-        raise SystemExit(show_dry_run(plans, console, chosen, state))
+        raise SystemExit(show_dry_run(known, console, chosen, state))
     slots = watch_slots(str(flags["watch_queue_name"]), num_watch_workers, chosen.name)
     evals = eval_slots(str(flags["eval_queue_name"]), num_eval_workers, chosen.name, os.environ)
     if num_eval_workers is not None and len(evals) < num_eval_workers:
@@ -192,7 +208,7 @@ def main(
     slots += evals
     crew = Crew(state, chosen)
     with Session(state, [plan.id for plan in plans]):
-        connection, missing = _begin(plans, slots, crew)
+        connection, missing = _begin(known, slots, crew)
         for line in crew.conflicts(slots):
             errors.print(f"assayer: warning: {printable(line)}", markup=False)
         _announce(plans, chosen, [slot.label for slot in missing], errors)
@@ -203,31 +219,35 @@ def main(
         raise SystemExit(1)
 
 
-def _begin(plans: list[Plan], slots: list[Slot], crew: Crew) -> tuple[Connection, list[Slot]]:
+def _begin(plans: list[tuple[Plan, Baseline]], slots: list[Slot], crew: Crew) -> tuple[Connection, list[Slot]]:
     """Writes the plans to disk, starts what is missing and publishes; returns a connection and the slots that get a worker now.
 
     A command that does not come to its end leaves no watch behind, and one that ran before it running.
     """
     store = PlanStore(crew.state)
-    before = {plan.id: store.read(plan.id) for plan in plans}
+    before = [_stored(store, plan) for plan, _ in plans]
     try:
-        for plan in plans:
-            store.write(plan)
+        for plan, baseline in plans:
+            store.write(plan, baseline)
         held = [slot for slot in slots if crew.is_held(slot)]
         missing = [slot for slot in crew.want(slots) if slot not in held]
         connection = open_target(crew.target, crew.state)
-        for plan in plans:
-            Board(connection, plan.watch_queue).put(plan)
-        chain.hurry(connection, plans[0].watch_queue)
+        for plan, baseline in plans:
+            Board(connection, plan.watch_queue).put(plan, baseline)
+        chain.hurry(connection, plans[0][0].watch_queue)
         return connection, missing
     except BaseException:
-        for plan in plans:
-            earlier = before[plan.id]
-            if earlier and earlier.active:
-                store.write(earlier)
+        for (plan, _), earlier in zip(plans, before, strict=True):
+            if earlier and earlier[0].active:
+                store.write(*earlier)
             else:
                 store.stop(plan.id, plan.given)
         raise
+
+
+def _stored(store: PlanStore, plan: Plan) -> tuple[Plan, Baseline] | None:
+    earlier = store.read(plan.id)
+    return (earlier, store.baseline(earlier)) if earlier and earlier.active else None
 
 
 def _check_flags(flags: dict[str, Any]) -> None:
@@ -245,8 +265,10 @@ def _check_flags(flags: dict[str, Any]) -> None:
 
 def _common(flags: dict[str, Any], cwd: Path, now: float) -> dict[str, Any]:
     """The fields of a plan that are the same for every directory and evaluator of this command."""
-    kept = ("regex_filter", "max_depth", "polling_interval", "quiet_period", "order", "every", "timeout", "retries", "once")
+    kept = ("regex_filter", "max_depth", "quiet_period", "order", "latest_only", "every", "timeout", "retries", "hold", "once")
     fields = {name: flags[name] for name in (*kept, "until_idle", "until_step")}
+    fields["hold_bytes"] = None if flags["hold_bytes"] is None else size_in_bytes(flags["hold_bytes"])
+    fields["hold_min_free"] = flags["hold_min_free"] / 100
     for name in ("results_dir", "until_file"):
         fields[name] = None if flags[name] is None else _absolute(flags[name], cwd)
     fields["polling_interval"] = max(1.0, flags["polling_interval"])
@@ -358,58 +380,64 @@ def _value(text: str) -> Any:
         return text
 
 
-def _refuse_another(plan: Plan, store: PlanStore) -> None:
-    """Refuses a second evaluator under a name that a running watch of this directory gives to another one."""
+def _refuse_others(plans: list[Plan], store: PlanStore) -> None:
+    """Refuses a second evaluator under a name that a running watch of the same directory gives to another one.
+
+    Both would have their records in one place.
+    """
+    known: dict[str, dict[str, Plan]] = {}
     for present in store.all():
-        if not present.active or present.evaluator.name != plan.evaluator.name or not _overlap(present, plan):
+        for directory in directories_of(present) if present.active else []:
+            known.setdefault(present.evaluator.name, {})[os.path.realpath(directory)] = present
+    for plan in plans:
+        others = known.get(plan.evaluator.name, {})
+        if all(str(other.evaluator.reference) == str(plan.evaluator.reference) for other in others.values()):
             continue
-        if str(present.evaluator.reference) == str(plan.evaluator.reference):
-            continue
-        raise EvaluatorError(
-            f"{printable(present.directory)} is watched with another evaluator called {plan.evaluator.name!r} "
-            f"({printable(str(present.evaluator.reference))}); give this one another name: --evaluator name=..."
-        )
+        ours = {os.path.realpath(directory) for directory in directories_of(plan)}
+        above = {parent for one in ours for parent in _with_parents(one)}
+        for directory, other in others.items():
+            is_shared = directory in above or not ours.isdisjoint(_with_parents(directory)) or other.id == plan.id
+            if is_shared and str(other.evaluator.reference) != str(plan.evaluator.reference):
+                raise EvaluatorError(
+                    f"{printable(other.directory)} is watched with another evaluator called {plan.evaluator.name!r} "
+                    f"({printable(str(other.evaluator.reference))}); give this one another name: --evaluator name=..."
+                )
 
 
-def _overlap(one: Plan, other: Plan) -> bool:
-    """True when a checkpoint can belong to both watches, so that their records would lie in one place."""
-    ones, others = ([os.path.join(os.path.realpath(d), "") for d in directories_of(plan)] for plan in (one, other))
-    return one.id == other.id or any(a.startswith(b) or b.startswith(a) for a in ones for b in others)
+def _with_parents(directory: str) -> list[str]:
+    return [directory, *map(str, Path(directory).parents)]
 
 
-def _with_baselines(plans: list[Plan], store: PlanStore, keep: bool, empty: bool, once: bool) -> list[Plan]:
+def _with_baselines(plans: list[Plan], store: PlanStore, keep: bool, empty: bool, once: bool) -> list[tuple[Plan, Baseline]]:
     """The plans with what was there before: as an earlier watch noted it, else as it is now."""
-    memories: dict[str, Memory] = {}
+    seen: dict[str, list[Seen]] = {}
     done = []
     for plan in plans:
         present = store.read(plan.id)
         detached = plan.detached or bool(present and present.active and present.detached)
-        plan = replace(plan, detached=detached)
-        if empty:
-            plan = replace(plan, baseline={})
-        elif present and keep:
-            plan = replace(plan, baseline=_below(plan.directory, present))
-        elif not once:
-            memory = memories.setdefault(plan.directory, Memory())
-            seen = in_thread(partial(see, plan, memory, time.time()), LISTING_TIMEOUT)
-            if seen is None:
-                raise StateError(f"{printable(plan.directory)} was not listed within {LISTING_TIMEOUT} s; is its file system up?")
-            plan = replace(plan, baseline=baseline_of(seen[0]))
-        done.append(plan)
+        baseline = Baseline()
+        if present and keep and not empty:
+            baseline = store.baseline(present)
+        elif not empty and not once:
+            if plan.directory not in seen:
+                seen[plan.directory] = _what_is_there(plan)
+            baseline = baseline_of(plan, seen[plan.directory])
+        done.append((replace(plan, detached=detached).with_baseline(baseline), baseline))
     return done
 
 
-def _below(directory: str, earlier: Plan) -> dict[str, Mark]:
-    """The earlier plan's baseline, with its paths below ``directory``: the same one, perhaps by another path (a symbolic link)."""
-    if directory == earlier.directory or earlier.is_pattern:
-        return earlier.baseline
-    return {directory + path.removeprefix(earlier.directory): mark for path, mark in earlier.baseline.items()}
+def _what_is_there(plan: Plan) -> list[Seen]:
+    memory = Memory()
+    seen = in_thread(lambda: see(plan, memory, time.time()), LISTING_TIMEOUT, progress=lambda: memory.count)
+    if seen is None:
+        raise StateError(f"{printable(plan.directory)} has not answered for {LISTING_TIMEOUT} s; is its file system up?")
+    return seen[0]
 
 
 def _announce(plans: list[Plan], chosen: Target, started: list[str], console: Console) -> None:
     for plan in plans:
-        there = "checkpoint was" if len(plan.baseline) == 1 else "checkpoints were"
-        kept = f", {len(plan.baseline)} {there} there before" if plan.baseline else ""
+        there = "checkpoint was" if plan.there_before == 1 else "checkpoints were"
+        kept = f", {plan.there_before} {there} there before" if plan.there_before else ""
         if plan.results_dir is None and not plan.is_pattern and os.path.isdir(plan.directory) and not os.access(plan.directory, os.W_OK):
             console.print(f"assayer: warning: {printable(plan.directory)} cannot be written: give a place with --results_dir", markup=False)
         console.print(f"watching {printable(plan.directory)} with {plan.label}{kept}", markup=False, highlight=False)

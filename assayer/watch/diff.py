@@ -3,16 +3,19 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from assayer.plan import Mark, Plan
+from assayer.plan import Baseline, Plan
 from assayer.record import Record
 from assayer.watch.ready import Seen, why_not
 
-__all__ = ["Decision", "baseline_of", "decide"]
+__all__ = ["Decision", "baseline_of", "counts", "decide"]
+
+THERE_BEFORE = "was there when the watch began"
+GONE = "was deleted meanwhile"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is to happen with one checkpoint. ``state``: due, done, baseline, skipped or writing; ``reason`` says why it is not due."""
+    """What is to happen with one checkpoint. ``state``: due, done, baseline, skipped or writing; ``reason`` says why, or what hinders."""
 
     seen: Seen
     state: str
@@ -20,52 +23,58 @@ class Decision:
     record: Record | None = None
 
 
-def baseline_of(seen: Iterable[Seen]) -> dict[str, Mark]:
-    """The marks of the checkpoints that are whole, by path."""
-    return {s.checkpoint.path: Mark(s.signature, s.identity) for s in seen if s.identity is not None}
+def baseline_of(plan: Plan, seen: Iterable[Seen]) -> Baseline:
+    """The baseline that these checkpoints make for a plan: those that are whole."""
+    return Baseline.of((plan.below(s.checkpoint.path), s.signature, s.identity) for s in seen if s.identity is not None)
 
 
-def decide(plan: Plan, seen: Iterable[Seen], record_of: Callable[[Seen], Record | None], now: float, final: bool) -> list[Decision]:
+def decide(
+    plan: Plan,
+    baseline: Baseline,
+    seen: Iterable[Seen],
+    record_of: Callable[[Seen], Record | None],
+    now: float,
+    last: str | None = None,
+) -> list[Decision]:
     """One decision a checkpoint, in the order in which the due ones are to be evaluated.
 
     Args:
         plan: the watch.
-        seen: the checkpoints that its directory holds.
-        record_of: the record of a whole checkpoint's weights under this plan's evaluator, if there is one.
+        baseline: what was there when it began.
+        seen: the checkpoints of its directory that are not settled.
+        record_of: the record of a checkpoint's weights under this plan's evaluator, if there is one.
         now: seconds since the epoch.
-        final: training has ended: the last checkpoint is evaluated whatever ``--every`` says.
+        last: once training has ended, the path of its last checkpoint: that is evaluated whatever ``--every`` says.
     """
     ordered = sorted(seen, key=lambda s: s.checkpoint.order)
-    whole = [s for s in ordered if s.is_whole]
-    last = whole[-1].checkpoint.path if whole and final else None
-    decisions = [_decide(plan, s, record_of, now, is_last=s.checkpoint.path == last) for s in ordered]
+    decisions = [_decide(plan, baseline, s, record_of, now, is_last=s.checkpoint.path == last) for s in ordered]
     return decisions if plan.order == "oldest" else decisions[::-1]
 
 
-def _decide(plan: Plan, seen: Seen, record_of: Callable[[Seen], Record | None], now: float, is_last: bool) -> Decision:
-    mark = plan.baseline.get(seen.checkpoint.path)
-    if mark and mark.signature == seen.signature:
-        return Decision(seen, "baseline", "was there when the watch began")
-    reason = why_not(seen, now, plan.quiet_period)
-    if reason or seen.identity is None:
+def _decide(plan: Plan, baseline: Baseline, seen: Seen, record_of: Callable[[Seen], Record | None], now: float, is_last: bool) -> Decision:
+    path = plan.below(seen.checkpoint.path)
+    if baseline.has_signature(path, seen.signature):
+        return Decision(seen, "baseline", THERE_BEFORE)
+    reason = None if seen.gone else why_not(seen, now, plan.quiet_period)
+    if reason or (seen.identity is None and not seen.gone):
         return Decision(seen, "writing", reason or "is read at the next look")
-    if mark and mark.identity == seen.identity:
-        return Decision(seen, "baseline", "was there when the watch began")
+    if seen.identity and baseline.has_identity(path, seen.identity):
+        return Decision(seen, "baseline", THERE_BEFORE)
     try:
         record = record_of(seen)
     except OSError as error:
         return Decision(seen, "writing", f"its record cannot be read: {error.strerror}")
-    if record and _counts(plan, record):
+    if record and (counts(plan, record) or (seen.gone and record.status == "vanished")):
         return Decision(seen, "done", _change(plan, record), record)
-    if plan.weights not in seen.variants:
+    if plan.weights not in seen.variants and not seen.gone:
         return Decision(seen, "skipped", f"holds no {'EMA' if plan.weights == 'ema' else plan.weights} weights")
     number = seen.checkpoint.position.number
     if plan.every and number is not None and number % plan.every and not is_last:
         return Decision(seen, "skipped", f"{number:g} is not divisible by {plan.every}")
-    return Decision(seen, "due")
+    return Decision(seen, "due", GONE if seen.gone else "")
 
 
-def _counts(plan: Plan, record: Record) -> bool:
+def counts(plan: Plan, record: Record) -> bool:
     """False for a record that the command asked to make anew, and for one that the weights' being there refutes."""
     if not record.settles:
         return False

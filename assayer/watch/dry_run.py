@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from assayer.files import printable
-from assayer.plan import Plan
+from assayer.plan import Baseline, Plan
 from assayer.queues.connect import Target, open_running
 from assayer.queues.embedded import Server
 from assayer.queues.enqueue import is_in_flight, statuses
@@ -19,28 +19,36 @@ from assayer.watch.watch_job import task_of
 
 __all__ = ["show_dry_run"]
 
-# Seconds that one look may take.
+# Seconds without progress after which a directory counts as hung.
 TIMEOUT = 120
 
 _WORDS = {"due": "would be evaluated", "done": "recorded", "baseline": "not new", "skipped": "skipped", "writing": "not ready"}
 
 
-def show_dry_run(plans: list[Plan], console: Console, chosen: Target, state: Path) -> int:
+def show_dry_run(plans: list[tuple[Plan, Baseline]], console: Console, chosen: Target, state: Path) -> int:
     """Prints one line a checkpoint and evaluator; returns the exit code: 1 when a directory could not be read."""
     rows: list[Row] = []
     code = 0
-    for plan in plans:
-        seen = in_thread(partial(look, plan, Memory(), time.time(), time.time()), TIMEOUT)
+    there_before = 0
+    for plan, baseline in plans:
+        there_before += plan.there_before
+        memory = Memory()
+        seen = in_thread(partial(look, plan, baseline, memory, time.time(), time.time()), TIMEOUT, progress=partial(_count, memory))
         if seen is None:
-            console.print(f"{printable(plan.directory)} was not listed within {TIMEOUT} s", markup=False)
+            console.print(f"{printable(plan.directory)} has not answered for {TIMEOUT} s", markup=False)
             code = 1
             continue
         for problem in seen.problems:
             console.print(problem, markup=False, soft_wrap=True)
         rows += _rows(plan, seen, _in_flight(plan, seen, chosen, state))
-    console.print(table_of(rows))
-    console.print(f"{sum(row.state == _WORDS['due'] for row in rows)} of {len(rows)} would be evaluated", highlight=False)
+    settled = there_before - sum(row.state == _WORDS["baseline"] for row in rows)
+    console.print(table_of(rows, there_before=settled))
+    console.print(f"{sum(row.state == _WORDS['due'] for row in rows)} of {len(rows) + settled} would be evaluated", highlight=False)
     return code
+
+
+def _count(memory: Memory) -> int:
+    return memory.count
 
 
 def _in_flight(plan: Plan, seen: Look, chosen: Target, state: Path) -> set[str]:

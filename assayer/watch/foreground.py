@@ -6,7 +6,7 @@ import time
 from types import FrameType
 
 import redis
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 
 from assayer.errors import AssayerError
@@ -15,7 +15,7 @@ from assayer.queues import Connection
 from assayer.queues.board import Board
 from assayer.queues.recover import our_workers
 from assayer.session import held_plans
-from assayer.watch.show import BAD, Events, Row, View, table_of
+from assayer.watch.show import BAD, Events, Row, View, Watched, table_of
 from assayer.worker.launch import Crew
 
 __all__ = ["Foreground"]
@@ -36,6 +36,7 @@ class Foreground:
         self.console = console
         self.events = Events(console, since=min(plan.given for plan in plans))
         self.rows: list[Row] = []
+        self._watched: list[Watched] = []
         self._signals = 0
         self._view = View(connection)
         self._store = PlanStore(crew.state)
@@ -52,7 +53,7 @@ class Foreground:
             return False
         if not any(plan.ends for plan in self.plans):
             self.events.say("the watch was ended, or taken over, by another command")
-        self.console.print(table_of(self.rows))
+        self.console.print(self._table())
         return any(row.state in BAD for row in self.rows)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -70,19 +71,25 @@ class Foreground:
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
             while self._look() and not self._signals:
                 title = f"{len(self.rows)} checkpoints; Ctrl-C ends this watch"
-                live.update(table_of(self.rows, title, limit=max(3, self.console.height - MARGIN)), refresh=True)
+                live.update(self._table(title, limit=max(3, self.console.height - MARGIN)), refresh=True)
                 time.sleep(STEP)
         return self._signals > 0
+
+    def _table(self, title: str | None = None, limit: int | None = None) -> Group:
+        there_before = sum(plan.there_before for plan in self.plans)
+        return table_of(self.rows, title, limit, there_before, sum(one.left_out for one in self._watched))
 
     def _look(self) -> bool:
         """Reads the board; False once none of the plans runs any more. An outage of Redis is waited out."""
         # Asked first: what is read after a watch has ended is its last word.
         running = any(self._runs(plan) for plan in self.plans)
         try:
-            rows = [row for plan in self.plans for row in self._view.rows(plan)]
-            for plan in self.plans:
-                self.events.problem(plan.id, str(Board(self.connection, plan.watch_queue).tick(plan.id)["problem"]), plan.directory)
-            self.rows = rows or self.rows
+            watched = self._view.watched(self.plans)
+            for plan, one in zip(self.plans, watched, strict=True):
+                self.events.problem(plan.id, one.problem, plan.directory)
+            if any(one.rows for one in watched) or not self.rows:
+                self._watched = watched
+                self.rows = [row for one in watched for row in one.rows]
             self.events.problem("redis", "", self.crew.target.name)
         except redis.RedisError as error:
             self.events.problem("redis", f"{self.crew.target.name} does not answer ({error}); waiting for it", self.crew.target.name)
@@ -105,7 +112,7 @@ class Foreground:
         if not self.console.is_terminal:
             self.events.show(self.rows)
         elif self.rows:
-            self.console.print(table_of(self.rows))
+            self.console.print(self._table())
         held = held_plans(self.crew.state, but=os.getpid())
         for plan in self.plans:
             stored = self._store.read(plan.id)

@@ -27,6 +27,8 @@ class Seen:
     unmarked: str | None = None
     identity: str | None = None
     variants: tuple[str, ...] = ()
+    # True when it is no longer there, though there is no word of it yet.
+    gone: bool = False
     # When it was last looked into, and for how long.
     examined: float = 0.0
     took: float = 0.0

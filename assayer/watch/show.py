@@ -19,7 +19,7 @@ from assayer.plan import Plan
 from assayer.queues import Connection
 from assayer.queues.board import Board
 
-__all__ = ["BAD", "Events", "Row", "View", "detail_of", "rows_of", "table_of"]
+__all__ = ["BAD", "Events", "Row", "View", "Watched", "detail_of", "table_of"]
 
 # States in which an evaluation did not come to metrics.
 BAD = ("failed", "timeout", "failing")
@@ -55,56 +55,74 @@ class Row:
         return str(self.step) if self.step is not None else f"epoch {self.epoch:g}" if self.epoch is not None else ""
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What is to be shown of one watch: its rows by step, what hinders it, and how many settled checkpoints are not among the rows."""
+
+    rows: list[Row]
+    problem: str
+    left_out: int
+
+
 class View:
-    """The rows of watches, look after look; what a tick has seen is read again only after the next one."""
+    """What watches have on the board, look after look; what has not changed is not read again."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self._sights: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._sights: dict[str, tuple[int, dict[str, Any]]] = {}
 
-    def rows(self, plan: Plan) -> list[Row]:
-        """The rows of one watch as they are now."""
-        board = Board(self.connection, plan.watch_queue)
-        last = float(board.tick(plan.id).get("last", 0.0))
-        known = self._sights.get(plan.id)
-        if known is None or known[0] != last:
-            known = self._sights[plan.id] = (last, board.sights(plan.id))
-        return rows_of(self.connection, plan, known[1])
+    def watched(self, plans: list[Plan]) -> list[Watched]:
+        """Each of these watches as it is now; what waits or runs as RQ knows it this moment."""
+        told: dict[str, tuple[int, str, int]] = {}
+        for queue in {plan.watch_queue for plan in plans}:
+            ids = [plan.id for plan in plans if plan.watch_queue == queue]
+            told |= dict(zip(ids, Board(self.connection, queue).versions(ids), strict=True))
+        for plan in plans:
+            known = self._sights.get(plan.id)
+            version = told[plan.id][0]
+            if known is None or known[0] != version:
+                self._sights[plan.id] = (version, Board(self.connection, plan.watch_queue).sights(plan.id) if version else {})
+        sights = {plan.id: self._sights[plan.id][1] for plan in plans}
+        waiting = {s["job"] for seen in sights.values() for s in seen.values() if s["state"] == "queued" and "job" in s}
+        live = _live(self.connection, waiting, time.time())
+        return [Watched(_rows(plan, sights[plan.id], live), *told[plan.id][1:]) for plan in plans]
 
 
-def rows_of(connection: Connection, plan: Plan, sights: dict[str, Any]) -> list[Row]:
-    """The rows of one watch, by step, from what its last tick saw; what waits or runs is shown as RQ knows it this moment."""
-    now = time.time()
-    waiting = {path: sight["job"] for path, sight in sights.items() if sight["state"] == "queued" and "job" in sight}
-    live = _live(connection, waiting, now)
+def _rows(plan: Plan, sights: dict[str, Any], live: dict[str, dict[str, Any]]) -> list[Row]:
     rows = []
     for path, sight in sights.items():
         kept = ("state", "reason", "step", "epoch", "attempts", "seconds", "metrics", "error", "ended", "log")
-        facts = {key: sight[key] for key in kept if key in sight} | live.get(path, {})
+        facts = {key: sight[key] for key in kept if key in sight}
+        if sight["state"] == "queued":
+            now = live.get(sight.get("job", ""), {})
+            facts |= {**now, "reason": "; ".join(part for part in (now.get("reason"), facts.get("reason")) if part)}
+            if facts["state"] not in ("queued", "running"):
+                facts["reason"] = now.get("reason", "")
         name = os.path.relpath(path, plan.root)
         name = sight["name"] if name == "." else name
         rows.append(Row(path, name, plan.label, **facts))
     return sorted(rows, key=lambda r: ((r.step if r.step is not None else r.epoch) or 0, natural_key(r.path)))
 
 
-def _live(connection: Connection, jobs: dict[str, str], now: float) -> dict[str, dict[str, Any]]:
+def _live(connection: Connection, jobs: set[str], now: float) -> dict[str, dict[str, Any]]:
+    """What RQ knows of these jobs, by id."""
     with connection.pipeline(transaction=False) as pipe:
-        for job_id in jobs.values():
+        for job_id in jobs:
             pipe.hmget(Job.key_for(job_id), "status", "started_at", "meta")
         answers = pipe.execute()
     found: dict[str, dict[str, Any]] = {}
-    for (path, job_id), (status, started, meta) in zip(jobs.items(), answers, strict=True):
+    for job_id, (status, started, meta) in zip(jobs, answers, strict=True):
         kept = json.loads(meta) if meta else {}
         attempts, error = kept.get("attempts", 0), kept.get("error")
-        found[path] = {"attempts": attempts, "reason": f"attempt {attempts}: {error['message']}" if error else ""}
+        found[job_id] = {"attempts": attempts, "reason": f"attempt {attempts}: {error['message']}" if error else ""}
         if status == b"started":
             moment = datetime.fromisoformat(started.decode().replace("Z", "+00:00")).timestamp() if started else now
-            found[path] |= {"state": "running", "attempts": attempts + 1, "seconds": max(0.0, now - moment)}
+            found[job_id] |= {"state": "running", "attempts": attempts + 1, "seconds": max(0.0, now - moment)}
         elif status is None:
             # Taken out by a shutdown, or lost with its Redis: the next tick, or the next watch, queues it again.
-            found[path] |= {"state": "due"}
+            found[job_id] |= {"state": "due"}
         elif status == b"finished":
-            found[path] |= _summary(connection, job_id)
+            found[job_id] |= _summary(connection, job_id)
     return found
 
 
@@ -131,13 +149,15 @@ def detail_of(row: Row) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def table_of(rows: list[Row], title: str | None = None, limit: int | None = None) -> Group:
-    """A table with one line a row; those of the baseline are counted only.
+def table_of(rows: list[Row], title: str | None = None, limit: int | None = None, there_before: int = 0, left_out: int = 0) -> Group:
+    """A table with one line a row.
 
     Args:
-        rows: by step.
+        rows: by step; those of the baseline, which a dry run has, are counted only.
         title: stands above.
         limit: only so many lines: what runs, waits or is written first, and the last of what is settled.
+        there_before: checkpoints of the baseline that are not among the rows.
+        left_out: settled ones that are not.
     """
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("checkpoint", overflow="fold", min_width=12)
@@ -159,10 +179,11 @@ def table_of(rows: list[Row], title: str | None = None, limit: int | None = None
         cells += [Text(row.state, style=_COLOURS.get(row.state, "dim")), Text(row.position), Text(str(row.attempts or "")), Text(seconds)]
         table.add_row(*cells, Text(detail_of(row)))
     notes = []
-    if len(rows) > len(told):
-        notes.append(Text(f"{len(rows) - len(told)} there before the watch began"))
-    if len(told) > len(shown):
-        notes.append(Text(f"{len(told) - len(shown)} more not shown"))
+    before, more = there_before + len(rows) - len(told), left_out + len(told) - len(shown)
+    if before:
+        notes.append(Text(f"{before} there before the watch began"))
+    if more:
+        notes.append(Text(f"{more} more not shown"))
     return Group(*([table] if shown or not notes else []), *notes)
 
 

@@ -13,10 +13,12 @@ from assayer import formats
 from assayer.files import printable
 from assayer.plan import Plan, PlanStore, host_name, state_directory
 from assayer.queues import Connection, chain
-from assayer.queues.board import Board
-from assayer.queues.enqueue import Task, enqueue, is_in_flight, open_queue, statuses
+from assayer.queues.board import Board, Note
+from assayer.queues.enqueue import Task, arrange, enqueue, is_in_flight, open_queue, put_notes, statuses
 from assayer.watch.diff import Decision
+from assayer.watch.known import Known
 from assayer.watch.look import Look, Lookout
+from assayer.watch.sights import Sights
 
 __all__ = ["task_of", "tick"]
 
@@ -24,15 +26,19 @@ logger = logging.getLogger(__name__)
 
 # RQ's scheduler floors to whole seconds: a tick can come that much before its moment.
 EARLY = 1.0
-# Seconds that one tick waits for its listings; those that take longer are looked at by the next.
-PATIENCE = 2.0
+# Seconds that one tick waits for its looks at most, and at least, before another watch is due; those that take longer are served later.
+PATIENCE, PATIENCE_MIN = 2.0, 0.5
 # Seconds until a look that has not come back, or failed, is asked after again.
 RETRY_LOOK = 1.0
 # Seconds after which a job that failed without a record (its results could not be written, say) is queued again.
 RETRY_PAUSE = 30.0
+# Seconds after which a look that has not come back is spoken of.
+SLOW = 3.0
 
 _lookout = Lookout()
-_published: dict[str, dict[str, dict[str, Any]]] = {}
+_known: dict[str, Known] = {}
+_generations: dict[str, int] = {}
+_sights: dict[tuple[str, str], Sights] = {}
 
 
 def tick(queue: str, generation: int) -> None:
@@ -43,76 +49,129 @@ def tick(queue: str, generation: int) -> None:
     now = time.time()
     if not chain.begin(connection, queue, generation, now):
         return
+    if generation <= _generations.get(queue, 0):
+        # The chain began anew: Redis has lost its data, and all of it is to be published again.
+        _lookout.forget({})
+        _sights.clear()
+    _generations[queue] = generation
     board = Board(connection, queue)
-    plans = board.plans()
-    if not plans:
+    known = _known.setdefault(queue, Known())
+    known.refresh(board)
+    if not known.plans:
         return
-    _lookout.forget({plan.id for plan in plans})
-    due = board.due(plans, now + EARLY)
-    begun = {plan.id for plan in due if _lookout.start(plan, board.tick(plan.id).get("active_at", plan.given))}
-    deadline = time.monotonic() + PATIENCE
+    _lookout.forget({plan_id: plan.given for plan_id, (plan, _) in known.plans.items()})
+    for key in [key for key in _sights if key[0] == queue and key[1] not in known.plans]:
+        del _sights[key]
+    due = [plan_id for plan_id in board.due(now + EARLY) if plan_id in known.plans]
+    neighbours = known.neighbours(connection)
+    begun = set()
+    for plan_id, active_at in zip(due, board.active_at(due), strict=True):
+        plan, baseline = known.plans[plan_id]
+        if _lookout.start(plan, baseline, plan.given if active_at is None else active_at, neighbours):
+            begun.add(plan_id)
     guards: dict[str, str | None] = {chain.chain_key(queue): str(generation)}
-    for plan in due:
-        # One that has not come back since an earlier tick is not waited for: it would delay the others at every tick.
-        seen = _lookout.wait(plan, deadline - time.monotonic() if plan.id in begun else 0)
-        if not board.is_current(plan):
-            continue
-        if isinstance(seen, str):
-            board.note_tick(plan.id, next=now + RETRY_LOOK, problem=seen)
-            continue
-        # Late ticks are not made up for: the next look is one interval from now.
-        board.note_tick(plan.id, next=now + plan.polling_interval)
-        try:
-            _serve(board, plan, seen, guards)
-        except RedisError:
-            raise
-        except Exception as error:
-            # A bug that one watch meets must not take the others with it.
-            logger.exception("the tick of %s with %s failed", printable(plan.directory), plan.label)
-            board.note_tick(plan.id, problem=f"this tick failed: {type(error).__name__}: {error}")
-    left = board.plans()
-    if left:
-        chain.go_on(connection, queue, generation, max(now, board.next_due(left)))
+    later = board.next_due(after=now + EARLY)
+    patience = min(PATIENCE, max(PATIENCE_MIN, (later or now + PATIENCE) - now))
+    notes: dict[str, Note] = {}
+    for plan, seen in _lookout.ready(begun, patience):
+        if known.is_current(plan):
+            # Late ticks are not made up for: the next look is one interval from now.
+            notes[plan.id] = _served(board, plan, seen, guards, now)
+    for plan, seconds in _lookout.hanging():
+        if known.is_current(plan) and plan.id not in notes:
+            # One that does not come back is not waited for: it would delay the others at every tick.
+            problem = f"its file system has not answered for {seconds:.0f} s" if seconds > SLOW else None
+            notes[plan.id] = Note(plan.id, next=now + RETRY_LOOK, problem=problem)
+    board.note(list(notes.values()))
+    earliest = board.next_due()
+    if earliest is not None:
+        chain.go_on(connection, queue, generation, max(now, earliest))
 
 
-def _serve(board: Board, plan: Plan, look: Look, guards: dict[str, str | None]) -> None:
+def _served(board: Board, plan: Plan, seen: Look | str, guards: dict[str, str | None], now: float) -> Note:
+    """Acts on one look; what is to be noted of it."""
+    if isinstance(seen, str):
+        return Note(plan.id, next=now + RETRY_LOOK, problem=seen)
+    try:
+        return _serve(board, plan, seen, guards, now)
+    except RedisError:
+        raise
+    except Exception as error:
+        # A bug that one watch meets must not take the others with it.
+        logger.exception("the tick of %s with %s failed", printable(plan.directory), plan.label)
+        return Note(plan.id, next=now + plan.polling_interval, problem=f"this tick failed: {type(error).__name__}: {error}")
+
+
+def _serve(board: Board, plan: Plan, look: Look, guards: dict[str, str | None], now: float) -> Note:
     """Queues what is due, publishes what was seen, and ends the watch when it is over."""
-    states = {d.seen.checkpoint.path: _sight(plan, d) for d in look.decisions}
+    sights = _sights.setdefault((board.queue, plan.id), Sights())
+    states = {_key(look, d): _sight(plan, d) for d in look.decisions if d.state != "baseline"}
     due = [d for d in look.decisions if d.state == "due"]
-    tasks = {d.seen.checkpoint.path: task_of(plan, d) for d in due}
-    in_flight = statuses(board.connection, [task.id for task in tasks.values()])
+    if due:
+        _queue(board, plan, look, due, states, guards, sights)
+        if not board.has(plan.id):
+            return Note(plan.id, next=now)
+    changed = sights.publish(board, plan.id, states, look)
+    waits = any(sight["state"] == "queued" for sight in states.values())
+    # A directory that is away is waited for; with --once, what cannot be seen is not there.
+    waits = waits or (look.missing and (not plan.once or _any_in_flight(board, sights)))
+    if look.final and not waits and not _still_moving(plan, look):
+        _end(board, plan)
+    problems = [*look.problems, *([look.notice] if look.notice else [])]
+    active_at = look.began if changed or waits else None
+    return Note(plan.id, next=now + plan.polling_interval, last=look.began, active_at=active_at, problem="; ".join(problems))
+
+
+def _key(look: Look, decision: Decision) -> str:
+    """Under which name a checkpoint stands on the board: its path; an earlier save of it that is held, with its identity."""
+    path = decision.seen.checkpoint.path
+    newer = any(d is not decision and d.seen.checkpoint.path == path and d.seen.listing.path == path for d in look.decisions)
+    return f"{path}@{(decision.seen.identity or '')[:8]}" if decision.seen.listing.path != path and newer else path
+
+
+def _queue(
+    board: Board,
+    plan: Plan,
+    look: Look,
+    due: list[Decision],
+    states: dict[str, dict[str, Any]],
+    guards: dict[str, str | None],
+    sights: Sights,
+) -> None:
+    """Queues each evaluation that is due and neither waits nor runs; all of them take their places together."""
+    newest = task_of(plan, max(due, key=lambda d: d.seen.checkpoint.order))
+    latest = None
+    if plan.latest_only:
+        latest = (board.newest_key(), plan.id)
+        board.connection.hset(*latest, newest.id)
+    tasks = [(d, task_of(plan, d, latest)) for d in due]
+    in_flight = statuses(board.connection, [task.id for _, task in tasks])
     queue = open_queue(board.connection, plan.eval_queue)
-    # With the newest first, each goes before those that wait: so the newest has to come last.
-    for decision in due if plan.order == "oldest" else due[::-1]:
-        path = decision.seen.checkpoint.path
-        task, sight = tasks[path], states[path]
+    queued = 0
+    notes: dict[str, str] = {}
+    for decision, task in tasks:
+        sight = states[_key(look, decision)]
         status = in_flight.get(task.id)
-        sight |= {"state": "queued", "job": task.id}
+        note = look.notes.get(decision.seen.checkpoint.path, "")
+        sight |= {"state": "queued", "job": task.id, "reason": "; ".join(part for part in (decision.reason, note) if part)}
+        if note and sights.active.get(_key(look, decision), {}).get("reason") != sight["reason"]:
+            notes[task.id] = note
         if is_in_flight(status):
             continue
         hindrance = _hindrance(board.connection, task.id, status, look, plan)
         if hindrance is not None:
             sight |= {"state": "failing", "reason": hindrance} if hindrance else {}
-        elif enqueue(queue, task, {**guards, board.plan_key(plan.id): None}, at_front=plan.order == "newest"):
+        elif enqueue(queue, task, {**guards, board.plan_key(plan.id): None}, newest_first=plan.order == "newest"):
+            queued += 1
             logger.info("-> %s %s queued", printable(decision.seen.checkpoint.name), plan.label)
-    if not board.has(plan.id):
-        return
-    changed = _publish(board, plan, states, keep_gone=look.missing)
-    values: dict[str, object] = {"last": look.began, "problem": "; ".join(look.problems)}
-    # A directory that is away is waited for; with --once, what cannot be seen is not there.
-    away = look.missing and (not plan.once or _any_in_flight(board, plan))
-    waits = away or any(sight["state"] == "queued" for sight in states.values())
-    if changed or waits:
-        values["active_at"] = look.began
-    board.note_tick(plan.id, **values)
-    if look.final and not waits and not _still_moving(plan, look):
-        _end(board, plan)
+    if queued:
+        arrange(queue)
+    put_notes(board.connection, notes)
 
 
-def task_of(plan: Plan, decision: Decision) -> Task:
-    """The evaluation that a due checkpoint means under this plan."""
+def task_of(plan: Plan, decision: Decision, newest: tuple[str, str] | None = None) -> Task:
+    """The evaluation that a due checkpoint means under this plan; of one that went before it was whole, there will be word of that."""
     checkpoint = decision.seen.checkpoint
-    assert decision.seen.identity is not None
     again = [moment for moment in (plan.reevaluate_before, plan.retry_failed_before) if moment is not None]
     return Task(
         checkpoint=checkpoint.path,
@@ -120,7 +179,7 @@ def task_of(plan: Plan, decision: Decision) -> Task:
         step=checkpoint.position.step,
         epoch=checkpoint.position.epoch,
         tokens=checkpoint.position.tokens,
-        identity=decision.seen.identity,
+        identity=decision.seen.identity or "",
         evaluator=plan.evaluator,
         results_dir=plan.results_dir,
         timeout=plan.timeout,
@@ -129,6 +188,8 @@ def task_of(plan: Plan, decision: Decision) -> Task:
         weights=plan.weights,
         merges=plan.merging.mode == "auto" and formats.of(checkpoint).SHARDED,
         merging=plan.merging,
+        signature=decision.seen.signature,
+        newest=newest,
     )
 
 
@@ -171,28 +232,14 @@ def _sight(plan: Plan, decision: Decision) -> dict[str, Any]:
     return sight
 
 
-def _publish(board: Board, plan: Plan, states: dict[str, dict[str, Any]], keep_gone: bool) -> bool:
-    """Brings the board up to date; True when a checkpoint has come, gone or changed its state."""
-    key = f"{board.queue}:{plan.id}"
-    before = _published.get(key)
-    if before is None or not board.connection.exists(board.sight_key(plan.id)):
-        before = board.sights(plan.id)
-    changed = {path: sight for path, sight in states.items() if before.get(path) != sight}
-    # While the directory cannot be read, nothing is known to be gone. A finished one stays in sight after rotation took it.
-    gone = [] if keep_gone else [path for path, sight in before.items() if path not in states and "metrics" not in sight]
-    board.publish(plan.id, changed, gone)
-    _published[key] = {**{path: sight for path, sight in before.items() if path not in gone}, **states}
-    return bool(gone) or any(before.get(path, {}).get("state") != sight["state"] for path, sight in changed.items())
-
-
 def _still_moving(plan: Plan, look: Look) -> bool:
     """True while a checkpoint that is not whole has changed within the quiet period: it may still become whole."""
     return any(d.state == "writing" and look.began - d.seen.since < plan.quiet_period + 1 for d in look.decisions)
 
 
-def _any_in_flight(board: Board, plan: Plan) -> bool:
+def _any_in_flight(board: Board, sights: Sights) -> bool:
     """True while an evaluation waits or runs that an earlier look has queued."""
-    jobs = [sight["job"] for sight in board.sights(plan.id).values() if "job" in sight]
+    jobs = [sight["job"] for sight in sights.active.values() if "job" in sight]
     return any(is_in_flight(status) for status in statuses(board.connection, jobs).values())
 
 

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -19,11 +19,12 @@ from rq.timeouts import JobTimeoutException
 from assayer import formats, refs
 from assayer.checkpoint import identity, list_path
 from assayer.errors import CheckpointError, EvaluatorError, StateError
-from assayer.files import printable
-from assayer.plan import host_name
-from assayer.queues.enqueue import LOST_MAX, Task, is_merge_wanted
+from assayer.files import alone, printable, private_directory
+from assayer.plan import host_name, state_directory
+from assayer.queues import Connection
+from assayer.queues.enqueue import LOST_MAX, Task, is_wanted, note_of, note_served
 from assayer.record import Place, Record, flatten, now_utc
-from assayer.worker import child
+from assayer.worker import child, hold
 from assayer.worker.environ import is_launcher_variable
 from assayer.worker.merging import REFUSED, UNREADABLE, NotMerged, merge_for, scratch_of
 from assayer.worker.scratch import Scratch
@@ -42,15 +43,37 @@ def evaluate(**arguments: Any) -> Any:
     assert job is not None
     task = Task.from_json(arguments)
     try:
-        value = _evaluate(job, task)
-        if task.merges and not isinstance(value, Retry):
-            is_merge_wanted(job.connection, task.merge_id, done=job.id)
-            scratch_of(job, task).release(task.merge_id)
+        with _alone(task):
+            value = _evaluate(job, task)
+        if not isinstance(value, Retry):
+            _put_away(job, task)
         return value
     except BaseException:
         # RQ's retries are for lost workers: what raises here, such as a full disk, would raise again at once. The watch tries it later.
         job.retries_left = None
         raise
+
+
+@contextlib.contextmanager
+def _alone(task: Task) -> Iterator[None]:
+    """Lets one worker of this host at a time at one piece of work: a Redis that has lost its data queues again what still runs.
+
+    Whoever waits here finds the other's record.
+    """
+    folder = private_directory(private_directory(state_directory() / "running") / host_name())
+    with alone(folder / task.id) as descriptor:
+        child.kept_from_children.append(descriptor)
+        yield
+
+
+def _put_away(job: Job, task: Task) -> None:
+    """Releases the hold, and the merge, unless another evaluation needs them."""
+    held = hold.find(task.checkpoint, task.identity)
+    if not is_wanted(job.connection, task.hold_id, done=job.id) and held:
+        hold.release(held)
+    if task.merges:
+        is_wanted(job.connection, task.merge_id, done=job.id)
+        scratch_of(job, task).release(task.merge_id)
 
 
 def _evaluate(job: Job, task: Task) -> Any:
@@ -59,55 +82,66 @@ def _evaluate(job: Job, task: Task) -> Any:
     if present and present.settles and present.ended_at >= task.not_before:
         return present.glance()
     _make_folder(place)
+    held = hold.find(task.checkpoint, task.identity)
+    source = held.path if held and hold.claim(held) else task.checkpoint
     kept = Record(**job.meta.pop("outcome")) if "outcome" in job.meta else None
     if kept and kept.ended_at >= task.not_before:
-        return _finish(job, place, task, kept)
+        return _finish(job, place, task, source, kept)
+    note_served(job.connection, task)
     runs = _count_run(job)
     base = _record(task, place, job)
+    if _is_overtaken(job, task):
+        return _deliver(
+            job, place, task, replace(base, status="skipped", notes=["a newer checkpoint waits (--latest_only)"], ended=now_utc())
+        )
     if runs > LOST_MAX:
         cause = {"cause": "workers lost", "message": f"{LOST_MAX} workers in a row were lost while they evaluated this checkpoint"}
-        return _deliver(job, place, replace(base, status="failed", error=cause, ended=now_utc()))
-    gone = _changed(task)
+        return _deliver(job, place, task, replace(base, status="failed", error=cause, ended=now_utc()))
+    gone = _changed(task, source)
+    if gone and gone.status == "vanished":
+        gone.error["message"] += note_of(job)
     if gone:
-        return _deliver(job, place, replace(base, status=gone.status, error=gone.error, ended=now_utc()))
+        return _deliver(job, place, task, replace(base, status=gone.status, error=gone.error, ended=now_utc()))
     logger.info("-> %s %s running", printable(os.path.basename(task.checkpoint)), task.evaluator.name)
     base = replace(base, attempts=base.attempts + 1)
     scratch = scratch_of(job, task) if task.merges else None
-    ending, base = _attempt(task, place, base, scratch)
+    ending, base = _attempt(task, place, base, source, scratch)
     if ending.cause is None:
         metrics, notes = ending.value
-        return _finish(job, place, task, replace(base, status="finished", metrics=metrics, notes=base.notes + notes, ended=now_utc()))
+        outcome = replace(base, status="finished", metrics=metrics, notes=base.notes + notes, ended=now_utc())
+        return _finish(job, place, task, source, outcome)
     error: dict[str, Any] = {"cause": ending.cause, "message": ending.message, "traceback": ending.traceback}
     if ending.cause in (REFUSED, UNREADABLE):
         # It may have been deleted, or saved again, while it was merged.
-        gone = _changed(task)
+        gone = _changed(task, source)
         if gone:
-            return _deliver(job, place, replace(base, status=gone.status, error=gone.error, ended=now_utc()))
+            return _deliver(job, place, task, replace(base, status=gone.status, error=gone.error, ended=now_utc()))
         if ending.cause == REFUSED:
             # No attempt changes what a checkpoint holds.
-            return _deliver(job, place, replace(base, status="failed", error=error, ended=now_utc()))
+            return _deliver(job, place, task, replace(base, status="failed", error=error, ended=now_utc()))
     if base.attempts <= task.retries:
         _keep(job, attempts=base.attempts, runs=0, error=error)
         logger.warning("<- %s attempt %d ended badly: %s", printable(os.path.basename(task.checkpoint)), base.attempts, ending.message)
         return Retry(max=_AGAIN)
     status = "timeout" if ending.cause == "timeout" else "failed"
-    return _deliver(job, place, replace(base, status=status, error=error, ended=now_utc()))
+    return _deliver(job, place, task, replace(base, status=status, error=error, ended=now_utc()))
 
 
-def _attempt(task: Task, place: Place, base: Record, scratch: Scratch | None) -> tuple[child.Ending, Record]:
+def _attempt(task: Task, place: Place, base: Record, source: str, scratch: Scratch | None) -> tuple[child.Ending, Record]:
     """One try to evaluate, with the checkpoint merged first where that is needed; how it ended, and what the record gains by it."""
     if scratch is None:
-        ending, seconds = _timed(lambda: _call(task, place, base, task.checkpoint))
+        ending, seconds = _timed(lambda: _call(task, place, base, source, source))
         return ending, replace(base, seconds={"evaluate": seconds})
     began = time.monotonic()
     name = os.path.basename(task.checkpoint)
     heading = f"merge of {printable(name)}, attempt {base.attempts} on {base.host} at {base.started}"
     try:
-        with scratch.lend(task.merge_id, name, lambda path: merge_for(task, place.log, heading, scratch, path)) as (path, facts, made):
+        with scratch.lend(task.merge_id, name, lambda path: merge_for(task, source, place.log, heading, scratch, path)) as lent:
+            path, facts, made = lent
             waited = round(time.monotonic() - began, 3)
             merged = {key: value for key, value in facts.items() if key != "boot"} | {"made_now": made}
             base = replace(base, merged=merged, notes=facts["notes"], seconds={"merge": waited})
-            ending, seconds = _timed(lambda: _call(task, place, base, str(path)))
+            ending, seconds = _timed(lambda: _call(task, place, base, source, str(path)))
             return ending, replace(base, seconds={"merge": waited, "evaluate": seconds})
     except NotMerged as error:
         return error.ending, replace(base, seconds={"merge": round(time.monotonic() - began, 3)})
@@ -120,16 +154,16 @@ def _timed(function: Callable[[], child.Ending]) -> tuple[child.Ending, float]:
     return function(), round(time.monotonic() - began, 3)
 
 
-def _finish(job: Job, place: Place, task: Task, outcome: Record) -> dict[str, Any]:
+def _finish(job: Job, place: Place, task: Task, source: str, outcome: Record) -> dict[str, Any]:
     """Delivers an outcome, unless the weights changed meanwhile; while the run is away (an unmounted file system), it waits in the job."""
     try:
-        gone = _changed(task)
+        gone = _changed(task, source)
     except StateError:
         _keep(job, outcome=asdict(outcome), runs=0)
         raise
     if outcome.status == "finished" and gone and gone.status == "superseded":
         outcome = replace(outcome, status="superseded", metrics={}, notes=[], error=gone.error)
-    return _deliver(job, place, outcome)
+    return _deliver(job, place, task, outcome)
 
 
 class _Gone:
@@ -140,13 +174,20 @@ class _Gone:
         self.error = {"cause": status, "message": message}
 
 
-def _changed(task: Task) -> _Gone | None:
-    """None while the weights at the path are those that were queued."""
+def _is_overtaken(job: Job, task: Task) -> bool:
+    """True when a newer checkpoint of the same watch waits or runs, and only the latest is asked for."""
+    connection: Connection = job.connection
+    newest = connection.hget(*task.newest) if task.newest else None
+    return newest is not None and newest.decode() != job.id
+
+
+def _changed(task: Task, source: str) -> _Gone | None:
+    """None while the weights at ``source`` (the checkpoint's path, or where it is held) are those that were queued."""
     form = formats.all_formats().get(task.format)
     if form is None:
         raise StateError(f"this worker's assayer knows no checkpoint format {task.format!r}; install the version that the watch runs")
     try:
-        listing = list_path(task.checkpoint, form.FOLDERS)
+        listing = list_path(source, form.FOLDERS)
         missing = form.missing(listing)
         if missing:
             raise CheckpointError(f"{printable(task.checkpoint)}: {missing}")
@@ -162,17 +203,30 @@ def _changed(task: Task) -> _Gone | None:
     return None if now == task.identity else _Gone("superseded", "the checkpoint's weights are no longer those that were queued")
 
 
-def _call(task: Task, place: Place, base: Record, path: str) -> child.Ending:
+def _is_current(task: Task) -> bool:
+    """False when the checkpoint's path holds other weights by now than those that were evaluated from a hold."""
+    form = formats.all_formats()[task.format]
+    try:
+        listing = list_path(task.checkpoint, form.FOLDERS)
+        return listing.signature() == task.signature or identity(listing, form.weights(listing)) == task.identity
+    except FileNotFoundError:
+        return True
+    except (CheckpointError, OSError):
+        # It is being written again.
+        return False
+
+
+def _call(task: Task, place: Place, base: Record, source: str, path: str) -> child.Ending:
     heading = f"{task.description}, attempt {base.attempts} on {base.host} at {base.started}"
     try:
-        return child.run(lambda: _in_child(task, place, path), place.log, task.timeout, heading)
+        return child.run(lambda: _in_child(task, place, source, path), place.log, task.timeout, heading)
     except JobTimeoutException:
         return child.Ending(cause="timeout", message=f"did not end within {task.timeout:g} s")
     except OSError as error:
         raise StateError(f"cannot write {printable(str(place.log))}: {error.strerror}") from None
 
 
-def _in_child(task: Task, place: Place, path: str) -> Any:
+def _in_child(task: Task, place: Place, source: str, path: str) -> Any:
     """Imports the evaluator and calls it, in the child's own process; returns what ``flatten`` makes of its metrics."""
     for name in [name for name in os.environ if is_launcher_variable(name)]:
         del os.environ[name]
@@ -186,7 +240,7 @@ def _in_child(task: Task, place: Place, path: str) -> Any:
         "weights": lambda: task.weights,
         "output_dir": lambda: _output(place),
     }
-    if task.weights != "regular" and path == task.checkpoint and formats.all_formats()[task.format].SHARDED and "weights" not in named:
+    if task.weights != "regular" and path == source and formats.all_formats()[task.format].SHARDED and "weights" not in named:
         # The path alone does not tell which of the weights in it are meant.
         raise EvaluatorError(
             f"{task.evaluator.name} takes no parameter called weights, so that it would read the regular ones: add it, or give --merge auto"
@@ -241,6 +295,7 @@ def _record(task: Task, place: Place, job: Job) -> Record:
         epoch=task.epoch,
         tokens=task.tokens,
         identity=task.identity,
+        signature=task.signature,
         weights=task.weights,
         evaluator=evaluator,
         status="",
@@ -253,10 +308,14 @@ def _record(task: Task, place: Place, job: Job) -> Record:
     )
 
 
-def _deliver(job: Job, place: Place, record: Record) -> dict[str, Any]:
+def _deliver(job: Job, place: Place, task: Task, record: Record) -> dict[str, Any]:
     """Writes the record. Where that fails, the outcome waits in the job, and the job's next run delivers it without evaluating again."""
     try:
-        place.write(record)
+        # Whoever was faster, on another host, has recorded it.
+        present = place.find(task.identity)
+        if present and present.settles and present.ended_at >= task.not_before:
+            return present.glance()
+        place.write(record, _is_current(task))
     except OSError as error:
         _keep(job, outcome=asdict(record), runs=0)
         raise StateError(f"cannot write {printable(str(place.record))}: {error.strerror}; the outcome is kept and tried again") from None

@@ -11,7 +11,7 @@ from rq.job import Job
 from assayer.errors import AssayerError, StateError, UnreadableError
 from assayer.files import printable
 from assayer.merge.run import Options, find_checkpoint, run
-from assayer.queues.enqueue import Task, is_merge_wanted
+from assayer.queues.enqueue import Task, is_wanted
 from assayer.worker import child
 from assayer.worker.scratch import Scratch
 
@@ -35,11 +35,11 @@ class _NoRoom(Exception):
 
 def scratch_of(job: Job, task: Task) -> Scratch:
     """Where this job's merge lies."""
-    return Scratch(task.merging.scratch_dir, task.merging.scratch_bytes, lambda merge_id: is_merge_wanted(job.connection, merge_id))
+    return Scratch(task.merging.scratch_dir, task.merging.scratch_bytes, lambda merge_id: is_wanted(job.connection, merge_id))
 
 
-def merge_for(task: Task, log: Path, heading: str, scratch: Scratch, path: Path) -> dict[str, Any]:
-    """Merges in a child process, as an evaluator runs in one: what it imports, takes or breaks is gone with it.
+def merge_for(task: Task, source: str, log: Path, heading: str, scratch: Scratch, path: Path) -> dict[str, Any]:
+    """Merges what lies at ``source`` in a child process, as an evaluator runs in one: what it imports, takes or breaks is gone with it.
 
     Waiting for room that other merges take counts neither against the time limit nor as an attempt.
 
@@ -49,7 +49,7 @@ def merge_for(task: Task, log: Path, heading: str, scratch: Scratch, path: Path)
     """
     while True:
         try:
-            ending = child.run(lambda: _in_child(task, scratch, path), log, task.timeout, heading)
+            ending = child.run(lambda: _in_child(task, source, scratch, path), log, task.timeout, heading)
         except OSError as error:
             raise StateError(f"cannot write {printable(str(log))}: {error.strerror}") from None
         told = ending.value
@@ -67,7 +67,7 @@ def merge_for(task: Task, log: Path, heading: str, scratch: Scratch, path: Path)
     return facts
 
 
-def _in_child(task: Task, scratch: Scratch, path: Path) -> dict[str, Any]:
+def _in_child(task: Task, source: str, scratch: Scratch, path: Path) -> dict[str, Any]:
     how = task.merging
     can_check = find_spec("transformers") is not None and find_spec("torch") is not None
     options = Options(
@@ -89,7 +89,7 @@ def _in_child(task: Task, scratch: Scratch, path: Path) -> dict[str, Any]:
     # A training run on this machine goes first.
     os.nice(5)
     try:
-        found = find_checkpoint(Path(task.checkpoint))
+        found = find_checkpoint(Path(source))
         done = run(found, path, options, reserve=reserve, flush=False)
     except _NoRoom:
         return {"room": wanted}

@@ -19,7 +19,7 @@ from typing import Any
 
 import redis
 
-from assayer.errors import AssayerError
+from assayer.errors import AssayerError, StateError
 from assayer.files import lock_file, locked, try_lock
 from assayer.plan import PlanStore, host_name
 from assayer.queues import chain
@@ -281,20 +281,25 @@ class Supervisor:
 def settle_plans(crew: Crew, connection: Any) -> None:
     """Publishes the plans of this host again that Redis has lost, and lays down those that ended elsewhere."""
     store = PlanStore(crew.state)
+    there: dict[str, set[str]] = {}
     for plan in store.active(crew.target.name):
         board = Board(connection, plan.watch_queue)
-        if not board.has(plan.id):
+        if plan.watch_queue not in there:
+            there[plan.watch_queue] = board.ids()
+        if plan.id not in there[plan.watch_queue]:
             if board.ended(plan):
                 store.stop(plan.id, plan.given)
-            else:
-                board.put(plan)
+                continue
+            with contextlib.suppress(StateError):
+                # Without its baseline it would take what was there for new; status says that it is damaged.
+                board.put(plan, store.baseline(plan))
     for queue in queues_with_watches(connection):
         board = Board(connection, queue)
-        for plan in board.plans():
-            # Ended while this Redis did not answer.
-            stored = store.read(plan.id) if plan.host == host_name() else None
-            if stored and not stored.active and stored.given >= plan.given:
-                board.remove(plan)
+        for plan_id, given in board.given().items():
+            # Ended while this Redis did not answer. A plan of another host's has no file here.
+            stored = store.read(plan_id)
+            if stored and not stored.active and stored.given >= given and stored.host == host_name():
+                board.remove(stored)
 
 
 def retire_redis(crew: Crew) -> bool:

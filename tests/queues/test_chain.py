@@ -6,6 +6,7 @@ import pytest
 from rq.job import Job
 from samples import plan
 
+from assayer.plan import Baseline
 from assayer.queues import Connection, chain
 from assayer.queues.board import Board
 
@@ -23,7 +24,7 @@ def generation(connection: Connection) -> int:
 @pytest.fixture
 def board(connection: Connection) -> Board:
     board = Board(connection, "watch")
-    board.put(plan())
+    board.put(plan(), Baseline())
     return board
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from assayer.plan import Evaluator, Plan
+from assayer.plan import Baseline, Evaluator, Plan
 from assayer.record import Place, Record
 from assayer.refs import Reference
 from assayer.watch.diff import baseline_of
 from assayer.watch.look import Lookout, Memory, in_thread, look, see
 
 NOW = 2_000_000_000.0
+NOTHING = Baseline()
 
 
 def save(path: Path, value: float = 1.0, legacy: bool = False) -> Path:
@@ -30,33 +31,33 @@ def plan(root: Path, **fields: object) -> Plan:
     return Plan(**{"directory": str(root), "evaluator": evaluator, **fields})  # type: ignore[arg-type]
 
 
-def states(p: Plan, memory: Memory, now: float = NOW, idle_since: float = NOW) -> dict[str, str]:
-    return {d.seen.checkpoint.name: d.state for d in look(p, memory, idle_since, now).decisions}
-
-
-def with_baseline(p: Plan) -> Plan:
-    return replace(p, baseline=baseline_of(see(p, Memory(), NOW)[0]))
+def states(p: Plan, memory: Memory, now: float = NOW, idle_since: float = NOW, baseline: Baseline = NOTHING) -> dict[str, str]:
+    return {d.seen.checkpoint.name: d.state for d in look(p, baseline, memory, idle_since, now).decisions}
 
 
 def test_what_was_whole_is_the_baseline_and_what_comes_is_due(tmp_path: Path) -> None:
     save(tmp_path / "m_step1.pt")
     (tmp_path / "m_step2.pt").write_bytes(b"PK\x03\x04 half")
-    p = with_baseline(plan(tmp_path))
-    assert list(p.baseline) == [str(tmp_path / "m_step1.pt")]
+    p = plan(tmp_path)
+    there = baseline_of(p, see(p, Memory(), NOW)[0])
+    assert len(there) == 1
     memory = Memory()
-    assert states(p, memory) == {"m_step1.pt": "baseline", "m_step2.pt": "writing"}
+    assert states(p, memory, baseline=there) == {"m_step2.pt": "writing"}
     save(tmp_path / "m_step2.pt")
-    assert states(p, memory) == {"m_step1.pt": "baseline", "m_step2.pt": "due"}
+    assert states(p, memory, baseline=there) == {"m_step2.pt": "due"}
 
 
 def test_a_baseline_checkpoint_is_due_when_its_weights_change_and_not_when_it_is_touched(tmp_path: Path) -> None:
     path = save(tmp_path / "last.ckpt")
-    p = with_baseline(plan(tmp_path))
+    p = plan(tmp_path)
+    there = baseline_of(p, see(p, Memory(), NOW)[0])
     memory = Memory()
+    assert states(p, memory, baseline=there) == {}
     os.utime(path, (1, 1))
-    assert states(p, memory) == {"last.ckpt": "baseline"}
+    assert states(p, memory, baseline=there) == {"last.ckpt": "baseline"}
+    assert states(p, memory, baseline=there) == {}, "what is settled is not spoken of again"
     save(path, 2.0)
-    assert states(p, memory) == {"last.ckpt": "due"}
+    assert states(p, memory, baseline=there) == {"last.ckpt": "due"}
 
 
 def test_without_a_marker_only_quiet_time_tells(tmp_path: Path) -> None:
@@ -90,8 +91,8 @@ def test_a_plain_export_waits_and_one_with_its_trainers_state_does_not(tmp_path:
         (tmp_path / name / "config.json").write_text("{}")
         save_file({"w": torch.zeros(2)}, tmp_path / name / "model.safetensors")
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": 2}')
-    memory = Memory(looked={str(tmp_path)})
-    found = look(plan(tmp_path), memory, NOW, NOW)
+    memory = Memory()
+    found = look(plan(tmp_path), NOTHING, memory, NOW, time.time())
     assert {d.seen.checkpoint.name: d.state for d in found.decisions} == {"checkpoint-1": "writing", "checkpoint-2": "due"}
     assert found.decisions[0].reason == "waits until nothing has changed for 30 s (no trainer_state.json)"
 
@@ -113,23 +114,35 @@ def record(path: Path, identity: str, **fields: object) -> Record:
 def test_a_record_with_its_identity_means_done(tmp_path: Path) -> None:
     path = save(tmp_path / "m_step1.pt")
     p, memory = plan(tmp_path), Memory()
-    identity = look(p, memory, NOW, NOW).decisions[0].seen.identity
+    identity = look(p, NOTHING, memory, NOW, NOW).decisions[0].seen.identity
     assert identity
     Place.of(str(path), "e").write(record(path, "other" * 6))
     assert states(p, memory) == {"m_step1.pt": "due"}
     Place.of(str(path), "e").write(record(path, identity))
     assert states(p, memory) == {"m_step1.pt": "done"}
-    assert states(replace(p, reevaluate_before=NOW), memory) == {"m_step1.pt": "due"}
-    assert states(replace(p, retry_failed_before=NOW), memory) == {"m_step1.pt": "done"}
+    assert states(replace(p, reevaluate_before=NOW), Memory()) == {"m_step1.pt": "due"}
+    assert states(replace(p, retry_failed_before=NOW), Memory()) == {"m_step1.pt": "done"}
     Place.of(str(path), "e").write(record(path, identity, status="timeout"))
-    assert states(replace(p, retry_failed_before=NOW), memory) == {"m_step1.pt": "due"}
+    assert states(replace(p, retry_failed_before=NOW), Memory()) == {"m_step1.pt": "due"}
+
+
+def test_a_record_that_is_taken_away_makes_its_checkpoint_due_again(tmp_path: Path) -> None:
+    paths = [save(tmp_path / f"m_step{step}.pt", step) for step in (1, 2)]
+    p, memory = plan(tmp_path), Memory()
+    seen = {d.seen.checkpoint.name: d.seen for d in look(p, NOTHING, memory, NOW, NOW).decisions}
+    for path in paths:
+        Place.of(str(path), "e").write(record(path, seen[path.name].identity or ""))
+    assert set(states(p, memory).values()) == {"done"}
+    assert states(p, memory) == {}
+    Place.of(str(paths[0]), "e").record.unlink()
+    assert states(p, memory) == {"m_step1.pt": "due", "m_step2.pt": "done"}
 
 
 @pytest.mark.parametrize("status", ["superseded", "vanished"])
 def test_weights_that_are_there_refute_a_record_that_says_they_were_not(tmp_path: Path, status: str) -> None:
     path = save(tmp_path / "m_step1.pt")
     p, memory = plan(tmp_path), Memory()
-    identity = look(p, memory, NOW, NOW).decisions[0].seen.identity
+    identity = look(p, NOTHING, memory, NOW, NOW).decisions[0].seen.identity
     Place.of(str(path), "e").write(record(path, identity or "", status=status))
     assert states(p, memory) == {"m_step1.pt": "due"}
 
@@ -146,16 +159,16 @@ def test_a_record_that_cannot_be_read_is_said_and_hinders_no_other(tmp_path: Pat
         return read(path)
 
     monkeypatch.setattr("assayer.watch.look.read", closed)
-    found = look(plan(tmp_path), Memory(), NOW, NOW)
+    found = look(plan(tmp_path), NOTHING, Memory(), NOW, NOW)
     assert [(d.state, d.reason) for d in found.decisions] == [("writing", "its record cannot be read: Permission denied"), ("due", "")]
 
 
 def test_a_changed_evaluator_is_said_and_not_acted_on(tmp_path: Path) -> None:
     path = save(tmp_path / "m_step1.pt")
     p, memory = plan(tmp_path), Memory()
-    identity = look(p, memory, NOW, NOW).decisions[0].seen.identity
+    identity = look(p, NOTHING, memory, NOW, NOW).decisions[0].seen.identity
     Place.of(str(path), "e").write(record(path, identity or "", evaluator={"name": "e", "source": "old", "arguments": {"limit": 3}}))
-    (decision,) = look(p, memory, NOW, NOW).decisions
+    (decision,) = look(p, NOTHING, memory, NOW, NOW).decisions
     assert decision.state == "done"
     assert decision.reason == "evaluated with other source and arguments (--reevaluate acts on it)"
 
@@ -184,38 +197,40 @@ def test_every_counts_steps_else_epochs_and_spares_the_last_at_the_end(tmp_path:
 )
 def test_when_training_has_ended(tmp_path: Path, fields: dict[str, object], final: bool) -> None:
     save(tmp_path / "m_step5.pt")
-    assert look(plan(tmp_path, **fields), Memory(), NOW - 60, NOW).final is final
+    assert look(plan(tmp_path, **fields), NOTHING, Memory(), NOW - 60, NOW).final is final
 
 
 def test_a_missing_directory_is_said_and_nothing_is_taken_for_gone(tmp_path: Path) -> None:
-    found = look(plan(tmp_path / "none"), Memory(), NOW, NOW)
+    found = look(plan(tmp_path / "none"), NOTHING, Memory(), NOW, NOW)
     assert found.missing
     assert "No such file or directory" in found.problems[0]
 
 
 def test_a_hung_file_system_delays_no_other_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from assayer.watch import scan as module
+    from assayer.watch import survey as module
 
-    hung, real = threading.Event(), module.scan
+    hung, real = threading.Event(), module.open_folder
 
-    def hanging(directory: str, *rest: object) -> object:
-        return hung.wait() if directory.endswith("hung") else real(directory, *rest)  # type: ignore[arg-type]
+    def hanging(path: str, *rest: object) -> object:
+        return hung.wait() if path.endswith("hung") else real(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("assayer.watch.look.scan", hanging)
+    monkeypatch.setattr("assayer.watch.survey.open_folder", hanging)
     save(tmp_path / "fine" / "m_step1.pt")
+    # More of them hang than there are threads to begin with.
+    hanging_plans = [plan(tmp_path / str(i) / "hung") for i in range(20)]
+    for p in hanging_plans:
+        (tmp_path / p.directory).mkdir(parents=True)
+    fine = plan(tmp_path / "fine")
     lookout = Lookout()
-    slow, fine = plan(tmp_path / "hung"), plan(tmp_path / "fine")
-    for p in (slow, fine):
-        assert lookout.start(p, NOW)
-    began = time.monotonic()
-    answer = lookout.wait(slow, 0.1)
-    found = lookout.wait(fine, 5)
-    assert isinstance(answer, str)
-    assert "has not answered for" in answer
+    for p in (*hanging_plans, fine):
+        assert lookout.start(p, NOTHING, NOW)
+    ((p, found),) = lookout.ready({fine.id}, 20)
+    assert p == fine
     assert not isinstance(found, str)
     assert len(found.decisions) == 1
-    assert time.monotonic() - began < 5
-    assert not lookout.start(slow, NOW), "its thread is still there: no second one is started"
+    assert {p.id for p, _ in lookout.hanging()} == {p.id for p in hanging_plans}
+    assert not lookout.start(hanging_plans[0], NOTHING, NOW), "its thread is still there: no second one is started"
+    assert lookout.start(fine, NOTHING, NOW)
     hung.set()
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from samples import plan
 
-from assayer.plan import Plan, PlanStore
+from assayer.plan import Baseline, Plan, PlanStore
 from assayer.queues import Connection, chain
-from assayer.queues.board import Board
+from assayer.queues.board import Board, Note
 from assayer.queues.enqueue import open_queue
 from assayer.watch import watch_job
 from assayer.watch.look import Lookout
@@ -29,7 +29,7 @@ class Watchers:
 
     def put(self, **fields: Any) -> Plan:
         given = replace(plan(directory=str(self.root)), **fields)
-        self.board.put(given)
+        self.board.put(given, Baseline())
         return given
 
     def save(self, name: str, value: float = 1.0) -> Path:
@@ -40,8 +40,7 @@ class Watchers:
 
     def tick(self) -> None:
         """The next tick, now, whatever its schedule."""
-        for p in self.board.plans():
-            self.board.note_tick(p.id, next=0)
+        self.board.note([Note(plan_id, next=0) for plan_id in self.board.ids()])
         chain.hurry(self.connection, "watch")
         WatchWorker("watch", self.connection, f"assayer-test-{time.monotonic_ns()}").work(burst=True, logging_level="ERROR")
 
@@ -53,7 +52,8 @@ class Watchers:
 def watchers(tmp_path: Path, connection: Connection, monkeypatch: pytest.MonkeyPatch) -> Watchers:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(watch_job, "_lookout", Lookout())
-    monkeypatch.setattr(watch_job, "_published", {})
+    for name in ("_known", "_generations", "_sights"):
+        monkeypatch.setattr(watch_job, name, {})
     (tmp_path / "run").mkdir()
     return Watchers(tmp_path / "run", connection)
 

@@ -1,0 +1,259 @@
+"""Second names for what waits, so that a trainer's retention cannot take it: ``evals/.hold/<key>/<name of the checkpoint>``.
+
+A hard link costs no bytes until the first name is deleted, and outlives that. It does not protect from a file that is opened and written
+again: the evaluation compares identities before and after. ``hold.json`` beside the links is written last and says what they hold, so that
+nothing in Redis is needed to find out; ``claim`` is made by whoever comes first: an evaluation that begins to read, or a watch that takes
+the hold away because newer checkpoints need its place.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from assayer import formats
+from assayer.checkpoint import Checkpoint, Found, Listing, Position, list_path, needed
+from assayer.files import printable, read_json, write_json
+from assayer.record import hold_folder, hold_key
+
+__all__ = [
+    "Bounds",
+    "Held",
+    "chosen",
+    "claim",
+    "drop",
+    "find",
+    "free_part",
+    "held_in",
+    "is_refusal",
+    "release",
+    "size_of",
+    "take",
+]
+
+logger = logging.getLogger(__name__)
+
+_FACTS = "hold.json"
+# A symbolic link, because it is made with its content in one step.
+_CLAIM, _READ, _DROPPED = "claim", "evaluation", "watch"
+# What a file system, or its rules, answer where a hard link cannot be made at all.
+_REFUSALS = frozenset({errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EROFS, errno.EMLINK})
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much may be held of one directory's checkpoints: so many, so many bytes (None: any), while this part of the disk is free."""
+
+    count: int = 8
+    nbytes: int | None = None
+    min_free: float = 0.1
+
+
+@dataclass(frozen=True)
+class Held:
+    """One checkpoint under its second name. ``path`` is that name, ``checkpoint`` tells the first one; ``nbytes`` of its files."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    identity: str
+    signature: str
+    variants: tuple[str, ...]
+    nbytes: int
+    is_claimed: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    @property
+    def path(self) -> str:
+        return str(self.folder / self.checkpoint.name)
+
+    def listing(self) -> Listing:
+        """The listing of what is held.
+
+        Raises:
+            OSError: it is gone or cannot be read.
+        """
+        return list_path(self.path, formats.of(self.checkpoint).FOLDERS)
+
+
+def size_of(found: Found) -> int:
+    """Bytes of the files that a hold of this checkpoint links."""
+    names = set(needed(found.listing, formats.of(found.checkpoint)))
+    return sum(entry.size for entry in found.listing.entries if entry.name in names)
+
+
+def take(found: Found, identity: str, signature: str, variants: Sequence[str]) -> Held | None:
+    """Gives the model files of a checkpoint a second name; None when it has changed, or gone, since ``signature`` was read.
+
+    Raises:
+        OSError: the file system refuses hard links (see ``is_refusal``), or has no room.
+    """
+    present = find(found.checkpoint.path, identity)
+    if present:
+        return present
+    listing, form = found.listing, formats.of(found.checkpoint)
+    root = hold_folder(Path(found.checkpoint.path))
+    key = hold_key(found.checkpoint.path, identity)
+    part = root / f".{key}-{secrets.token_hex(4)}"
+    held = Held(root / key, found.checkpoint, identity, signature, tuple(variants), size_of(found))
+    root.parent.parent.stat()
+    part.mkdir(parents=True)
+    try:
+        target = part / found.checkpoint.name
+        for name in needed(listing, form):
+            second = target / name if listing.is_directory else target
+            second.parent.mkdir(parents=True, exist_ok=True)
+            os.link(listing.file(name), second, follow_symlinks=False)
+        if list_path(found.checkpoint.path, form.FOLDERS).signature() != signature:
+            return None
+        write_json(part / _FACTS, asdict(held) | {"folder": None})
+        with contextlib.suppress(FileExistsError):
+            # Where somebody else was faster, theirs stays.
+            os.rename(part, held.folder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        _tidy(root)
+    return _read(held.folder)
+
+
+def is_refusal(error: OSError) -> bool:
+    """True when hard links cannot be made here at all, now or later."""
+    return error.errno in _REFUSALS
+
+
+def find(checkpoint: str, identity: str) -> Held | None:
+    """The hold of these weights, if there is one."""
+    return _read(hold_folder(Path(checkpoint)) / hold_key(checkpoint, identity))
+
+
+def held_in(root: Path) -> list[Held]:
+    """Everything that is held in a ``.hold`` folder; what a killed process left half made there is removed."""
+    found = []
+    try:
+        folders = sorted(root.iterdir())
+    except OSError:
+        return []
+    for folder in folders:
+        held = None if folder.name.startswith(".") else _read(folder)
+        if held:
+            found.append(held)
+        elif not folder.name.startswith(".") or _is_old(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    if not found:
+        _tidy(root)
+    return found
+
+
+def claim(held: Held) -> bool:
+    """Keeps a hold for an evaluation that begins to read it; False when it has been, or is being, taken away."""
+    try:
+        os.symlink(_READ, held.folder / _CLAIM)
+    except FileExistsError:
+        # By another evaluation of the same checkpoint, or by ``drop``.
+        return _is_claimed(held.folder)
+    except OSError:
+        return False
+    return True
+
+
+def drop(held: Held) -> bool:
+    """Takes a hold away unless an evaluation has claimed it; True when it is gone."""
+    try:
+        os.symlink(_DROPPED, held.folder / _CLAIM)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    release(held)
+    return True
+
+
+def _is_claimed(folder: Path) -> bool:
+    try:
+        return os.readlink(folder / _CLAIM) == _READ
+    except OSError:
+        return False
+
+
+def release(held: Held) -> None:
+    """Takes a hold away; only second names are deleted."""
+    gone = held.folder.with_name(f".gone-{held.key}-{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        os.rename(held.folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        logger.info("released the hold of %s", printable(held.checkpoint.name))
+    _tidy(held.folder.parent)
+
+
+def chosen(waiting: Sequence[tuple[str, int]], claimed: Iterable[tuple[str, int]], bounds: Bounds) -> set[str]:
+    """Which of the waiting are to be held: as many of the newest as the bounds allow beside those that are read. Pure.
+
+    Args:
+        waiting: key and bytes of each, the newest first.
+        claimed: key and bytes of those that evaluations read.
+        bounds: of the directory.
+    """
+    kept = dict(claimed)
+    for key, nbytes in waiting:
+        if key in kept:
+            continue
+        if len(kept) >= bounds.count or (bounds.nbytes is not None and sum(kept.values()) + nbytes > bounds.nbytes):
+            break
+        kept[key] = nbytes
+    return set(kept)
+
+
+def _read(folder: Path) -> Held | None:
+    facts = read_json(folder / _FACTS)
+    try:
+        checkpoint = facts["checkpoint"]
+        known = Checkpoint(str(checkpoint["path"]), str(checkpoint["format"]), Position(**checkpoint["position"]))
+        # A hold speaks for checkpoints of its own directory alone.
+        if folder != hold_folder(Path(known.path)) / hold_key(known.path, facts["identity"]) or known.format not in formats.all_formats():
+            return None
+        return Held(
+            folder,
+            known,
+            str(facts["identity"]),
+            str(facts["signature"]),
+            tuple(map(str, facts["variants"])),
+            int(facts["nbytes"]),
+            _is_claimed(folder),
+        )
+    except (OSError, TypeError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def _is_old(folder: Path) -> bool:
+    """True for what has been half made, or half removed, for a minute."""
+    with contextlib.suppress(OSError):
+        return time.time() - folder.stat().st_mtime > 60
+    return False
+
+
+def _tidy(root: Path) -> None:
+    """Removes the folder of all holds when it is empty."""
+    with contextlib.suppress(OSError):
+        root.rmdir()
+
+
+def free_part(path: str) -> float:
+    """The part of the file system that an unprivileged user may still fill; 1 where that cannot be told."""
+    try:
+        told = os.statvfs(path)
+    except OSError:
+        return 1.0
+    return told.f_bavail / told.f_blocks if told.f_blocks else 1.0
