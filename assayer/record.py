@@ -27,6 +27,9 @@ METRICS_SHOWN = 50
 # Folders that assayer makes beside checkpoints; no watch looks into them.
 OWN_FOLDERS = frozenset({"evals", "merged"})
 
+# Folders in which a trainer takes every entry for a checkpoint, and what it calls those.
+_COUNTED = (("checkpoints", r"checkpoint_\d+"), ("checkpoint", r"step-\d+"))
+
 # Bytes kept free after a checkpoint's name for "@<8 digits>.json.tmp-<random>".
 _ROOM = 40
 
@@ -127,15 +130,23 @@ def run_folder(checkpoint: Path) -> Path:
     """The folder beside whose checkpoints ours may stand.
 
     accelerate counts whatever lies in ``checkpoints/`` as checkpoints and stops training over a name without a digit
-    (accelerator.py, save_state), so for ``checkpoints/checkpoint_N`` the folder is one level higher.
+    (accelerator.py, save_state), and so do earlier versions of torchtitan in ``checkpoint/`` (checkpoint.py, 0.1.0): there the folder is
+    one level higher.
     """
     run = checkpoint.parent
-    return run.parent if run.name == "checkpoints" and re.fullmatch(r"checkpoint_\d+", checkpoint.name) else run
+    is_counted = any(run.name == folder and re.fullmatch(name, checkpoint.name) for folder, name in _COUNTED)
+    return run.parent if is_counted else run
 
 
-def hold_folder(checkpoint: Path) -> Path:
-    """The hidden folder in which checkpoints of this one's directory are protected from deletion; on their own file system."""
-    return run_folder(checkpoint) / "evals" / ".hold"
+def hold_folder(checkpoint: Path, results_dir: str | None = None) -> Path:
+    """The hidden folder in which checkpoints of this one's directory are protected from deletion: beside the evaluators' folders."""
+    return results_folder(checkpoint, results_dir) / ".hold"
+
+
+def results_folder(checkpoint: Path, results_dir: str | None = None) -> Path:
+    """``<folder of the checkpoint>/evals``, or ``<results_dir>/<run name>-<digest of its path>``."""
+    run = run_folder(checkpoint)
+    return run / "evals" if results_dir is None else Path(results_dir) / f"{short_name(run.name, _ROOM)}-{digest(str(run))[:8]}"
 
 
 def hold_key(checkpoint: str, identity: str) -> str:
@@ -162,11 +173,9 @@ class Place:
         What belongs to EMA weights is called ``<checkpoint>@ema``.
         """
         path = Path(checkpoint)
-        run = run_folder(path)
         name = short_name(path.name + ("" if weights == "regular" else f"@{weights}"), _ROOM)
-        if results_dir:
-            return cls(Path(results_dir), (f"{short_name(run.name, _ROOM)}-{digest(str(run))[:8]}", evaluator), name)
-        return cls(run, ("evals", evaluator), name)
+        folder = results_folder(path, results_dir)
+        return cls(folder.parent, (folder.name, evaluator), name)
 
     def make_folder(self) -> None:
         """Makes the folder of the results below the run's own (or ``results_dir``), which must be there: a directory that is away, such as

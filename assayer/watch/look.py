@@ -154,11 +154,11 @@ def look(
         for survey in memory.surveys.values():
             survey.ask_again(last)
         seen, problems, missing = see(plan, memory, now, terms)
-    held = memory.protection.held() if neighbours else []
+    _find_holds(plan, memory, is_anew)
+    held = memory.protection.held(plan) if neighbours else []
     seen += _held_only(plan, seen, held, now)
     decisions = decide(today, baseline, seen, lambda s: _record(today, s), now, last)
     if neighbours:
-        _find_holds(memory, decisions)
         protect(plan, decisions, held, memory.protection, _record, neighbours, now)
     for decision in decisions:
         if decision.state in ("done", "baseline", "skipped"):
@@ -186,12 +186,16 @@ def _held_only(plan: Plan, seen: list[Seen], held: list[Held], now: float) -> li
     return found
 
 
-def _find_holds(memory: Memory, decisions: list[Decision]) -> None:
-    """Folders in which something may be held, by this watch, an earlier one, or another."""
-    for survey in memory.surveys.values():
-        memory.protection.folders |= survey.hold_folders
+def _find_holds(plan: Plan, memory: Memory, is_anew: bool) -> None:
+    """Folders in which something may be held, by an earlier watch or another: those that a look comes across, or that stand elsewhere."""
+    folders = memory.protection.folders
+    for directory, survey in memory.surveys.items():
+        folders |= survey.hold_folders
         survey.hold_folders = set()
-    memory.protection.folders |= {hold_folder(Path(d.seen.checkpoint.path)) for d in decisions if d.state == "due"}
+        if is_anew:
+            folders |= {hold_folder(Path(directory, name)) for name in ("checkpoint_0", "step-0")}
+    if is_anew and plan.results_dir is not None:
+        folders |= set(Path(plan.results_dir).glob("*/.hold"))
 
 
 def _training_ended(plan: Plan, memory: Memory, idle_since: float, now: float) -> bool:

@@ -41,11 +41,12 @@ class Protection:
     refused: str = ""
     notes: dict[str, str] = field(default_factory=dict)
 
-    def held(self) -> list[Held]:
+    def held(self, plan: Plan) -> list[Held]:
         """Everything that is held for checkpoints of this watch's directories."""
         found = []
+        above = os.path.join(plan.root, "")
         for folder in list(self.folders):
-            inside = hold.held_in(folder)
+            inside = [held for held in hold.held_in(folder) if held.checkpoint.path.startswith(above)]
             found += inside
             if not inside:
                 self.folders.discard(folder)
@@ -75,7 +76,7 @@ def protect(
     due = [d.seen for d in decisions if d.state == "due" and d.seen.identity]
     by_folder: dict[Path, list[Seen]] = {}
     for seen in sorted(due, key=lambda s: s.checkpoint.order, reverse=True):
-        by_folder.setdefault(hold_folder(Path(seen.checkpoint.path)), []).append(seen)
+        by_folder.setdefault(hold_folder(Path(seen.checkpoint.path), plan.results_dir), []).append(seen)
     present: dict[Path, dict[str, Held]] = {}
     for one in held:
         present.setdefault(one.folder.parent, {})[one.key] = one
@@ -140,13 +141,13 @@ def _protect_folder(
             limit = f"--hold {bounds.count}" if bounds.nbytes is None or len(kept) >= bounds.count else f"--hold_bytes {bounds.nbytes}"
             state.notes[path] = f"is not protected from deletion: newer ones are ({limit})"
         else:
-            _take(seen, folder, state)
+            _take(seen, folder, plan, state)
 
 
-def _take(seen: Seen, folder: Path, state: Protection) -> None:
+def _take(seen: Seen, folder: Path, plan: Plan, state: Protection) -> None:
     path = seen.checkpoint.path
     try:
-        if hold.take(Found(seen.checkpoint, seen.listing), seen.identity or "", seen.signature, seen.variants):
+        if hold.take(Found(seen.checkpoint, seen.listing), seen.identity or "", seen.signature, seen.variants, plan.results_dir):
             state.folders.add(folder)
             logger.info("-> %s held", printable(seen.checkpoint.name))
     except OSError as error:

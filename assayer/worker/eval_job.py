@@ -68,7 +68,7 @@ def _alone(task: Task) -> Iterator[None]:
 
 def _put_away(job: Job, task: Task) -> None:
     """Releases the hold, and the merge, unless another evaluation needs them."""
-    held = hold.find(task.checkpoint, task.identity)
+    held = hold.find(task.checkpoint, task.identity, task.results_dir)
     if not is_wanted(job.connection, task.hold_id, done=job.id) and held:
         hold.release(held)
     if task.merges:
@@ -82,7 +82,7 @@ def _evaluate(job: Job, task: Task) -> Any:
     if present and present.settles and present.ended_at >= task.not_before:
         return present.glance()
     _make_folder(place)
-    held = hold.find(task.checkpoint, task.identity)
+    held = hold.find(task.checkpoint, task.identity, task.results_dir)
     source = held.path if held and hold.claim(held) else task.checkpoint
     kept = Record(**job.meta.pop("outcome")) if "outcome" in job.meta else None
     if kept and kept.ended_at >= task.not_before:
@@ -195,6 +195,9 @@ def _changed(task: Task, source: str) -> _Gone | None:
     except FileNotFoundError:
         if not os.path.isdir(os.path.dirname(task.checkpoint)):
             raise StateError(f"{printable(os.path.dirname(task.checkpoint))} is not there; waiting for it") from None
+        if os.path.exists(source):
+            # The directory was away for a moment.
+            return _changed(task, source)
         return _Gone("vanished", f"{printable(task.checkpoint)} was deleted before it could be evaluated")
     except CheckpointError as error:
         return _Gone("superseded", f"it is being written again ({error})")

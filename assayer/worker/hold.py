@@ -90,17 +90,17 @@ def size_of(found: Found) -> int:
     return sum(entry.size for entry in found.listing.entries if entry.name in names)
 
 
-def take(found: Found, identity: str, signature: str, variants: Sequence[str]) -> Held | None:
+def take(found: Found, identity: str, signature: str, variants: Sequence[str], results_dir: str | None = None) -> Held | None:
     """Gives the model files of a checkpoint a second name; None when it has changed, or gone, since ``signature`` was read.
 
     Raises:
         OSError: the file system refuses hard links (see ``is_refusal``), or has no room.
     """
-    present = find(found.checkpoint.path, identity)
+    present = find(found.checkpoint.path, identity, results_dir)
     if present:
         return present
     listing, form = found.listing, formats.of(found.checkpoint)
-    root = hold_folder(Path(found.checkpoint.path))
+    root = hold_folder(Path(found.checkpoint.path), results_dir)
     key = hold_key(found.checkpoint.path, identity)
     part = root / f".{key}-{secrets.token_hex(4)}"
     held = Held(root / key, found.checkpoint, identity, signature, tuple(variants), size_of(found))
@@ -134,9 +134,9 @@ def is_refusal(error: OSError) -> bool:
     return error.errno in _REFUSALS
 
 
-def find(checkpoint: str, identity: str) -> Held | None:
+def find(checkpoint: str, identity: str, results_dir: str | None = None) -> Held | None:
     """The hold of these weights, if there is one."""
-    return _read(hold_folder(Path(checkpoint)) / hold_key(checkpoint, identity))
+    return _read(hold_folder(Path(checkpoint), results_dir) / hold_key(checkpoint, identity))
 
 
 def held_in(root: Path) -> list[Held]:
@@ -222,7 +222,11 @@ def _read(folder: Path) -> Held | None:
         checkpoint = facts["checkpoint"]
         known = Checkpoint(str(checkpoint["path"]), str(checkpoint["format"]), Position(**checkpoint["position"]))
         # A hold speaks for checkpoints of its own directory alone.
-        if folder != hold_folder(Path(known.path)) / hold_key(known.path, facts["identity"]) or known.format not in formats.all_formats():
+        path, elsewhere = Path(known.path), str(folder.parent.parent.parent)
+        is_its_own = folder.parent in (hold_folder(path), hold_folder(path, elsewhere)) and folder.name == hold_key(
+            known.path, facts["identity"]
+        )
+        if not is_its_own or known.format not in formats.all_formats():
             return None
         return Held(
             folder,

@@ -28,7 +28,8 @@ def other(checkpoint_path):
     return {"mean": load_file(os.path.join(checkpoint_path, "model.safetensors"))["w"].float().mean()}
 
 def raw(checkpoint_path, original_path):
-    return {"mean": load_state_dict(checkpoint_path)["w"].float().mean(), "is_copy": checkpoint_path != original_path}
+    return {"mean": load_state_dict(checkpoint_path)["w"].float().mean(),
+            "is_merged": os.path.exists(os.path.join(checkpoint_path, "model.safetensors"))}
 
 def chosen(checkpoint_path, weights):
     return {"mean": load_state_dict(checkpoint_path, weights)["w"].float().mean()}
@@ -114,7 +115,7 @@ def test_with_merge_never_the_evaluator_reads_the_shards_itself(house: House, ev
     house.once("--merge", "never", evaluator=f"{evaluator}:raw")
     record = house.record("step_100", "raw")
     assert record
-    assert record["metrics"] == {"mean": 5.0, "is_copy": 0}
+    assert record["metrics"] == {"mean": 5.0, "is_merged": 0}
     assert record["merged"] is None
 
 
