@@ -1,6 +1,7 @@
 """What is queued, running, done and failed, and why a checkpoint is not ready: ``python -m assayer.status``."""
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from assayer.queues.connect import Target, open_running, target
 from assayer.queues.embedded import Server, other_hosts
 from assayer.queues.enqueue import open_queue
 from assayer.queues.recover import is_dead, our_workers
+from assayer.watch.explain import explain as explained
 from assayer.watch.show import BAD, Row, View, Watched, table_of
 from assayer.worker.launch import Crew
 from assayer.worker.supervise import retire_redis
@@ -34,10 +36,12 @@ STEP = 1.0
 
 @cli.command("status")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--explain", metavar="PATH", help="Say of one path what it is, what is missing, and what happens next.")
 @click.option("--watch", "live", is_flag=True, help="Keep showing, until Ctrl-C.")
 @cli.redis_options
 def main(
     as_json: bool,
+    explain: str | None,
     live: bool,
     redis_url: str | None,
     redis_host: str | None,
@@ -52,6 +56,14 @@ def main(
     console = cli.console()
     was_running = Server(state).is_running()
     connection = open_running(chosen, state)
+    if explain is not None:
+        path = os.path.abspath(os.path.expanduser(explain))
+        told_of = explained(path, _plans(connection, state, chosen, watch_queue_name), PlanStore(state), connection)
+        if as_json:
+            click.echo(json.dumps(told_of.to_json(), indent=1))
+        else:
+            console.print(_explained(told_of.lines()))
+        return
     if live and connection is not None:
         with Live(console=console, auto_refresh=False, screen=console.is_terminal) as screen:
             while True:
@@ -172,6 +184,15 @@ def _doing(worker: dict[str, Any]) -> str:
     gpus = f"gpu {worker['gpus']}, " if worker["gpus"] else ""
     doing = "dead" if worker["state"] == "dead" else worker["job"] or worker["state"] or "starting"
     return f"{gpus}{worker['hostname']}, pid {worker['pid']}: {doing}"
+
+
+def _explained(lines: list[tuple[str, str]]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for heading, text in lines:
+        table.add_row(Text(heading), Text(text))
+    return table
 
 
 def _two_columns(heading: str, rows: dict[str, str]) -> Group:

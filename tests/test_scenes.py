@@ -272,6 +272,7 @@ def test_a_pattern_lets_new_directories_join(house: House) -> None:
 def test_an_evaluator_may_import_its_neighbours_and_gets_what_it_names(house: House) -> None:
     house.file("kit/helper.py", "FACTOR = 10\n")
     source = """
+import os
 from helper import FACTOR
 
 def scaled(checkpoint, factor, *, step, original_path, output_dir, label="none"):
