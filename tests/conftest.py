@@ -111,7 +111,13 @@ class House:
         return json.loads(path.read_text()) if path.exists() else None
 
     def records(self) -> dict[str, dict[str, Any]]:
-        return {path.name: json.loads(path.read_text()) for path in self.runs.rglob("evals/*/*.json")}
+        found = {}
+        for folder, below, names in os.walk(self.runs):
+            # What is held comes and goes.
+            below[:] = [name for name in below if name != ".hold"]
+            if Path(folder).parent.name == "evals":
+                found |= {name: json.loads(Path(folder, name).read_text()) for name in names if name.endswith(".json")}
+        return found
 
     def connection(self) -> Connection:
         return connect(f"unix://{self.server.socket}")
