@@ -1,14 +1,16 @@
 """From a URL, or none, to a Redis that answers, or a sentence why not. Every connection of assayer's is made here."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
+from assayer.cli import URL_VARIABLE
 from assayer.errors import RedisError, UsageError
 from assayer.files import printable
 from assayer.plan import host_name
@@ -21,7 +23,6 @@ __all__ = ["WORKER_RETRIES", "Target", "connect", "target", "without_password"]
 WORKER_RETRIES = 60
 COMMAND_RETRIES = 4
 
-URL_VARIABLE = "ASSAYER_REDIS_URL"
 SCHEMES = ("redis", "rediss", "unix")
 
 
@@ -39,11 +40,39 @@ class Target:
 
 
 def without_password(url: str) -> str:
-    """The URL without user and password, for logs and messages."""
+    """The URL without user and password, for logs and messages; of one that is not well formed, nothing that could be a part of them."""
+    if _is_ambiguous(url):
+        return "***"
     parts = urlsplit(url)
     if parts.scheme == "unix":
         return f"unix://{parts.path}"
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+
+
+def _is_ambiguous(url: str) -> bool:
+    """True where it cannot be told which part is the password: an ``@`` behind a ``/``, ``?`` or ``#`` that was not percent-encoded."""
+    if "@" not in url:
+        return False
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return True
+    own_path = parts.scheme == "unix" and (not parts.netloc or "@" in parts.netloc)
+    return parts.scheme not in SCHEMES or "@" in parts.query + parts.fragment or ("@" in parts.path and not own_path)
+
+
+def _without_secrets(text: str, url: str) -> str:
+    """An error's text without the URL, the user and the password that it may hold, however they are spelled."""
+    text = text.replace(url, without_password(url))
+    if _is_ambiguous(url):
+        return text
+    parts = urlsplit(url)
+    given = [parts.password or "", *parse_qs(parts.query).get("password", []), *parse_qs(parts.query).get("ssl_password", [])]
+    for secret in sorted({*given, *map(unquote, given), *map(repr, map(unquote, given))} - {"", "''"}, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    for user in {parts.username or "", unquote(parts.username or "")} - {""}:
+        text = re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", "***", text)
+    return text
 
 
 def target(url: str | None, host: str | None, port: int | None, state: Path) -> Target:
@@ -60,11 +89,17 @@ def target(url: str | None, host: str | None, port: int | None, state: Path) -> 
     url = url or os.environ.get(URL_VARIABLE) or None
     if url is None:
         return Target(f"unix://{embedded.Server(state).socket}", embedded=True)
+    if _is_ambiguous(url):
+        raise UsageError(
+            "the Redis URL cannot be taken apart: it must be redis://user:password@host:port/db, rediss://... or unix:///path, "
+            "with %40, %2F, %3F, %23 and %5B for @, /, ?, # and [ in the user and the password"
+        )
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018  # raises for a port that is no number
     except ValueError as error:
-        raise UsageError(f"the Redis URL is not a URL: {error}") from None
+        told = "its port is not a number" if "@" in url else str(error)
+        raise UsageError(f"the Redis URL is not a URL: {told}") from None
     if parts.scheme not in SCHEMES or not (parts.path if parts.scheme == "unix" else parts.hostname):
         raise UsageError(f"the Redis URL {printable(without_password(url))} must be redis://host:port/db, rediss://... or unix:///path")
     return Target(url, embedded=False)
@@ -85,9 +120,9 @@ def connect(url: str, patience: float = 5.0, retries: int = COMMAND_RETRIES) -> 
         first = redis.Redis.from_url(url, socket_connect_timeout=patience, socket_timeout=patience, retry=Retry(_backoff(), 0))
         with first:
             first.ping()
-    except (redis.RedisError, OSError, ValueError) as error:
-        # A URL can hold a password, an error's text the URL.
-        reason = printable(str(error).replace(url, without_password(url)))
+    except (redis.RedisError, OSError, ValueError, TypeError) as error:
+        # A URL can hold a password, an error's text the URL. (A TypeError tells of an option that redis-py does not know.)
+        reason = printable(" ".join(_without_secrets(str(error), url).split()))
         raise RedisError(
             f"no Redis answers at {printable(without_password(url))} ({reason}); check --redis_url or {URL_VARIABLE}"
         ) from None
