@@ -4,6 +4,9 @@ Sources: the zip application note (torch.save writes the directory of its zip la
 (8 bytes of header length, a JSON header, then the data), torch/serialization.py (magic number of the form before torch 1.6).
 """
 
+import contextlib
+import io
+import itertools
 import json
 import os
 import re
@@ -14,22 +17,33 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from assayer.errors import CheckpointError
-from assayer.files import digest, printable
+from assayer.files import digest, open_descriptor, open_file, printable
 
-__all__ = ["fingerprint", "incomplete", "is_legacy", "safetensors_header", "tells_save"]
+__all__ = ["METADATA_MAX", "fingerprint", "incomplete", "is_legacy", "read_limited", "read_table", "safetensors_header", "tells_save"]
 
-# safetensors itself refuses longer headers.
-_HEADER_MAX = 100_000_000
+# Bytes of a safetensors header that are read: 300,000 tensors. (The format allows 100 million bytes.)
+_HEADER_MAX = 32 << 20
+# Bytes of a JSON file that are read, such as an index of shards or a Trainer's state with its whole history.
+_JSON_MAX = 32 << 20
+# Bytes of the metadata of a distributed checkpoint: ten million pieces.
+METADATA_MAX = 1 << 30
+# Bytes of JSON for each table or list in it, in what a person or a library writes; more of them only fill memory.
+_EACH_CONTAINER, _CONTAINERS_FREE = 6, 1000
+# Bytes of a zip's directory that are read (300,000 records), and of the directories of a file of archives.
+_DIRECTORY_MAX, _DIRECTORIES_MAX = 32 << 20, 256 << 20
+_CHUNK = 1 << 20
 # Bytes of one sample, and how many samples are spread over one tensor or record.
 _BLOCK = 1024
 _BLOCKS = 4
 # A pickle tells nothing of where its tensors lie: up to so many bytes it is read whole, above that one sample for so many bytes.
 _LEGACY_WHOLE = 64 << 20
 _LEGACY_STRIDE = 64 << 10
+_LEGACY_SAMPLES_MAX = 1 << 18
 # A pickle of protocol 2 and later starts with this byte; torch's own form before 1.6 is such a pickle.
 _PICKLE = b"\x80"
 # A save's number in the pickle of a distributed checkpoint's metadata.
 _SAVE_ID = re.compile(rb"save_id.{1,6}?[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.DOTALL)
+_SAVE_ID_ROOM = 64
 # The end of a zip's directory; bytes that hold it in both its forms; archives of one file that are looked at.
 _END, _TAIL, _ARCHIVES_MAX = struct.Struct("<4s4H2LH"), 128, 100_000
 # Bytes of the end of the directory in its 64-bit form, and of what points at it.
@@ -49,7 +63,7 @@ def incomplete(path: Path) -> str | None:
     """
     if path.suffix == ".safetensors":
         return _incomplete_safetensors(path)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(4)
     if path.suffix == _DISTRIBUTED and start:
         return None
@@ -64,8 +78,51 @@ def is_legacy(path: Path) -> bool:
     """True for a pickle without a zip around it: only time can tell that such a file is whole."""
     if path.suffix in (".safetensors", _DISTRIBUTED):
         return False
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(1) == _PICKLE
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """All bytes of a file that has at most ``limit``: of a sparse one of many gigabytes nothing is read.
+
+    Raises:
+        CheckpointError: it has more; the text goes behind the file's name.
+        OSError: it is gone or cannot be read.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise CheckpointError(f"holds {size} bytes; {limit} are read")
+        # What grows while it is read is read no further.
+        return file.read(size)
+
+
+def read_table(path: Path) -> dict[str, Any] | None:
+    """The table in a JSON file; None while it is no whole one.
+
+    Raises:
+        CheckpointError: it is larger, or holds more tables and lists, than any honest one; the text goes behind the file's name.
+        OSError: it is gone or cannot be read.
+    """
+    data = read_limited(path, _JSON_MAX)
+    try:
+        _refuse_containers(data)
+        value = json.loads(data)
+    except _ContainersError as error:
+        raise CheckpointError(str(error)) from None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class _ContainersError(ValueError):
+    """JSON that would take many times its size in memory."""
+
+
+def _refuse_containers(data: bytes) -> None:
+    count = data.count(b"[") + data.count(b"{")
+    if count > _CONTAINERS_FREE + len(data) // _EACH_CONTAINER:
+        raise _ContainersError(f"holds {count} tables and lists in {len(data)} bytes, which no honest file does")
 
 
 def fingerprint(path: Path, sampled: bool = False) -> str:
@@ -90,7 +147,14 @@ def fingerprint(path: Path, sampled: bool = False) -> str:
 
 def tells_save(path: Path) -> bool:
     """True for the metadata of a distributed checkpoint in which every save has a number of its own (torch 2.4 and later)."""
-    return _SAVE_ID.search(path.read_bytes()) is not None
+    with open_file(path) as file:
+        before = b""
+        for _ in range(METADATA_MAX // _CHUNK):
+            chunk = file.read(_CHUNK)
+            if not chunk or _SAVE_ID.search(before + chunk):
+                return bool(chunk)
+            before = chunk[-_SAVE_ID_ROOM:]
+    return False
 
 
 def _fingerprint(path: Path, sampled: bool) -> str:
@@ -100,15 +164,30 @@ def _fingerprint(path: Path, sampled: bool) -> str:
         return digest(*_spread(path, [(0, path.stat().st_size)]), *_archives(path, 1 if sampled else _ARCHIVES_MAX))
     if is_legacy(path):
         size = path.stat().st_size
-        return digest(
-            path.read_bytes() if size <= _LEGACY_WHOLE else b"", *_spread(path, [(0, size)], count=max(_BLOCKS, size // _LEGACY_STRIDE))
-        )
+        count = min(_LEGACY_SAMPLES_MAX, max(_BLOCKS, size // _LEGACY_STRIDE))
+        return digest(read_limited(path, _LEGACY_WHOLE) if size <= _LEGACY_WHOLE else b"", *_spread(path, [(0, size)], count=count))
     return digest(*_zip_records(path))
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which no more is read at once than an honest zip's directory takes: its length is what the file itself says."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > _DIRECTORY_MAX:
+            raise ValueError(f"{size} bytes; {_DIRECTORY_MAX} are read")
+        rest = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(min(rest, _DIRECTORY_MAX) if size is None or size < 0 else size)
+
+
+@contextlib.contextmanager
+def _opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    with _Bounded(io.FileIO(open_descriptor(path))) as file, zipfile.ZipFile(file) as archive:
+        yield archive
 
 
 def _incomplete_zip(path: Path) -> str | None:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _opened_zip(path) as archive:
             ends = [info.header_offset + info.compress_size for info in archive.infolist()]
             start_of_directory = archive.start_dir
     except zipfile.BadZipFile:
@@ -121,7 +200,7 @@ def _incomplete_zip(path: Path) -> str | None:
 
 
 def _zip_records(path: Path) -> Iterator[str | bytes]:
-    with zipfile.ZipFile(path) as archive:
+    with _opened_zip(path) as archive:
         for info in sorted(archive.infolist(), key=lambda info: info.filename):
             # The archive's own name is the file's name when it was saved, and says nothing of the weights.
             yield info.filename.partition("/")[2]
@@ -132,7 +211,8 @@ def _zip_records(path: Path) -> Iterator[str | bytes]:
 
 def _archives(path: Path, count: int) -> Iterator[bytes]:
     """The zip directories, which hold the CRC32s, of the last ``count`` archives in a file of archives, from its end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_descriptor(path)
+    left = _DIRECTORIES_MAX
     try:
         end = os.fstat(descriptor).st_size
         while end >= _END.size and count:
@@ -148,7 +228,8 @@ def _archives(path: Path, count: int) -> Iterator[bytes]:
                 size, start = struct.unpack_from("<2Q", tail, wide + 40)
                 behind += _WIDE_END
             directory = end - behind - size
-            if start > directory:
+            left -= size
+            if start > directory or size > _DIRECTORY_MAX or left < 0:
                 break
             yield os.pread(descriptor, size, directory)
             end, count = directory - start, count - 1
@@ -164,11 +245,20 @@ def safetensors_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
     """
     (length,) = struct.unpack("<Q", file.read(8))
     if length > _HEADER_MAX:
-        raise ValueError(f"its header would be {length} bytes long, the format allows {_HEADER_MAX}")
-    header = json.loads(file.read(length))
+        raise ValueError(f"its header would be {length} bytes long; {_HEADER_MAX} are read")
+    text = file.read(length)
+    _refuse_containers(text)
+    header = json.loads(text, object_pairs_hook=_unique)
     if not isinstance(header, dict):
         raise ValueError("its header is not a table of tensors")
     return length, header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("it names something twice")
+    return table
 
 
 def _offsets(header: dict[str, Any]) -> list[tuple[int, int]]:
@@ -180,14 +270,17 @@ def _offsets(header: dict[str, Any]) -> list[tuple[int, int]]:
         if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end):
             raise ValueError(f"tensor {printable(name)[:80]} has impossible offsets")
         spans.append((begin, end))
-    return sorted(spans)
+    spans.sort()
+    if any(begin < end for (_, end), (begin, _) in itertools.pairwise(spans)):
+        raise ValueError("its tensors overlap")
+    return spans
 
 
 def _incomplete_safetensors(path: Path) -> str | None:
-    size = path.stat().st_size
-    if size < 8:
-        return f"holds {size} bytes, too few for a safetensors header"
-    with path.open("rb") as file:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            return f"holds {size} bytes, too few for a safetensors header"
         start = file.read(8)
         if len(start) < 8:
             return f"holds {len(start)} bytes, too few for a safetensors header"
@@ -205,7 +298,7 @@ def _incomplete_safetensors(path: Path) -> str | None:
 
 
 def _safetensors_samples(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         length, header = safetensors_header(file)
         file.seek(8)
         yield file.read(length)
@@ -214,7 +307,7 @@ def _safetensors_samples(path: Path) -> Iterator[bytes]:
 
 def _spread(path: Path, spans: list[tuple[int, int]], count: int = _BLOCKS) -> Iterator[bytes]:
     """``count`` samples spread evenly over each span (begin and end in bytes), its first and its last bytes among them."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_descriptor(path)
     try:
         for begin, end in spans:
             if end - begin <= count * _BLOCK:

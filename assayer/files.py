@@ -13,7 +13,7 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from assayer.errors import StateError
 
@@ -24,6 +24,8 @@ __all__ = [
     "lock_file",
     "locked",
     "natural_key",
+    "open_descriptor",
+    "open_file",
     "printable",
     "private_directory",
     "read_json",
@@ -35,6 +37,8 @@ __all__ = [
 
 # The longest file name that Linux file systems take, in bytes.
 NAME_MAX = 255
+# Bytes of a JSON file that are read: a plan whose baseline has half a million checkpoints.
+JSON_MAX = 128 << 20
 
 
 def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
@@ -77,12 +81,41 @@ def write_json(path: Path, value: object, mode: int = 0o666) -> None:
     write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode(), mode)
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in ``path``, or None when there is no such file or it is not JSON."""
+def open_descriptor(path: str | Path, flags: int = 0) -> int:
+    """A descriptor to read a regular file; anything else is refused at once: a named pipe would keep its reader waiting for ever.
+
+    Raises:
+        OSError: there is no such file, it cannot be read, or it is none; its ``strerror`` says which.
+    """
     try:
-        return json.loads(path.read_bytes())
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        # So the system says that it is a socket.
+        if error.errno != errno.ENXIO:
+            raise
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def open_file(path: Path, flags: int = 0) -> BinaryIO:
+    """``open_descriptor`` as a file."""
+    return os.fdopen(open_descriptor(path, flags), "rb")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in ``path``, or None when there is no such file, or it is not JSON, or larger than any of ours (``JSON_MAX``)."""
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            return json.loads(file.read(size)) if size <= JSON_MAX else None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise
 
 
 def private_directory(path: Path) -> Path:

@@ -10,12 +10,21 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar
+from functools import lru_cache
+from typing import Any, BinaryIO, ClassVar, TypeGuard
 
 from assayer.errors import CheckpointError, RefusedError
 from assayer.files import printable
 
-__all__ = ["Inert", "Local", "Sharded", "Unsupported", "read_metadata", "read_objects", "read_tree"]
+__all__ = ["Inert", "Local", "Sharded", "Unsupported", "read_metadata", "read_objects", "read_tree", "text_of"]
+
+
+# Arguments of a call, or dimensions of a shape, that are kept: each call copies them, and a call takes a few bytes of a pickle.
+_ARGS_MAX = 64
+# Names of classes that one pickle may refer to, the length of one that is shown, and the parts of a dictionary's key.
+_NAMES_MAX, _NAME_MAX, _KEY_MAX = 10_000, 500, 200
+# Bits of a number that is a dictionary's key.
+_INT_BITS = 1024
 
 
 class _Calls(type):
@@ -42,7 +51,7 @@ class Inert(metaclass=_Calls):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
         made = super().__new__(cls)
-        made.args, made.state, made.items = args, None, None
+        made.args, made.state, made.items = args[:_ARGS_MAX], None, None
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -105,29 +114,84 @@ class Unsupported:
 class _Mapping(dict[Any, Any]):
     """An OrderedDict; module state dicts carry an attribute (their versions), which is dropped."""
 
+    def __init__(self, *args: Any) -> None:
+        """Of Python 2 it has all its pairs at once; the list is used up, so that it is not copied again for a few bytes more."""
+        super().__init__()
+        pairs = args[0] if args else None
+        if isinstance(pairs, list):
+            for key, value in pairs:
+                self[_checked_key(key)] = value
+            pairs.clear()
+
     def __setstate__(self, state: Any) -> None:
         pass
 
 
+class _Size(tuple[Any, ...]):
+    """A shape."""
+
+    def __new__(cls, *args: Any) -> "_Size":
+        given = args[0] if args else ()
+        if not isinstance(given, tuple | list) or len(given) > _ARGS_MAX:
+            raise CheckpointError("has a pickle with a shape of impossible form")
+        return super().__new__(cls, given)
+
+
+class _List(list[Any]):
+    """A list or a set by its name; what it is made of is left out."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+
+def text_of(value: object) -> str:
+    """A word as it is, and a number as text; of anything else only its type is told: to spell out what holds itself has no end."""
+    return str(value) if isinstance(value, str | int | float) else type(value).__name__
+
+
+def _checked_key(key: Any) -> Any:
+    """A dictionary's key, if it is as plain as any honest one.
+
+    To hash a tuple, Python hashes all that is in it, again for every place where it stands: one that holds another twice, forty deep, takes
+    years, one that is a million deep ends the process.
+    """
+    todo, parts = [key], 0
+    while todo:
+        value = todo.pop()
+        parts += 1
+        if isinstance(value, tuple):
+            todo += value[:_KEY_MAX]
+            parts += max(0, len(value) - _KEY_MAX)
+        is_plain = value is None or isinstance(value, str | bytes | float | tuple | Inert | type)
+        if parts > _KEY_MAX or not (is_plain or (isinstance(value, int) and value.bit_length() <= _INT_BITS)):
+            raise CheckpointError("has a pickle with a key of impossible form")
+    return key
+
+
+@lru_cache(maxsize=_NAMES_MAX)
+def _inner(module: str, name: str) -> Any:
+    return _stand_in(module[:_NAME_MAX], name[:_NAME_MAX], known=False)
+
+
 # Names of classes whose construction means nothing to a reader of tensors.
 _NEUTRAL = {
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _Size,
     ("torch", "device"): lambda *args: args,
-    ("torch.serialization", "_get_layout"): str,
+    ("torch.serialization", "_get_layout"): lambda *args: "",
     ("collections", "OrderedDict"): _Mapping,
     ("collections", "defaultdict"): lambda *args: _Mapping(),
     ("collections", "Counter"): lambda *args: _Mapping(),
-    ("builtins", "set"): list,
-    ("builtins", "frozenset"): list,
-    ("builtins", "dict"): dict,
-    ("builtins", "list"): list,
+    ("builtins", "set"): _List,
+    ("builtins", "frozenset"): _List,
+    ("builtins", "dict"): _Mapping,
+    ("builtins", "list"): _List,
     ("builtins", "slice"): lambda *args: args,
     ("builtins", "complex"): lambda *args: args,
     ("builtins", "bytearray"): lambda *args: b"",
     # How protocol 2 names a class inside a class: nothing is looked up.
-    ("builtins", "getattr"): lambda owner, name: _stand_in(getattr(owner, "given", "?"), str(name), known=False),
-    ("_codecs", "encode"): lambda text, *coding: text.encode("latin1"),
-    ("torch.serialization", "_maybe_decode_ascii"): str,
+    ("builtins", "getattr"): lambda owner, name: _inner(getattr(owner, "given", "?"), text_of(name)),
+    ("_codecs", "encode"): lambda *args: b"",
+    ("torch.serialization", "_maybe_decode_ascii"): lambda value: value if isinstance(value, str) else "",
 }
 _NEUTRAL |= {("__builtin__", name): made for (module, name), made in list(_NEUTRAL.items()) if module == "builtins"}
 
@@ -235,12 +299,20 @@ def _metadata_class(made: dict[tuple[str, str], Any], module: str, name: str) ->
     return made[module, name]
 
 
+_PYTHONS: dict[int, Any] = dict(pickle._Unpickler.dispatch)
+
+
 class _PlainReader(pickle._Unpickler):
     """Implemented in Python: takes memory in proportion to its input whatever the input says."""
 
+    # What Python's own reader keeps, of which its types tell nothing.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     dispatch: ClassVar[dict[int, Any]] = {
         code: function
-        for code, function in pickle._Unpickler.dispatch.items()
+        for code, function in _PYTHONS.items()
         # A length alone makes this one allocate; torch never writes it. Extension codes name functions of this process.
         if code not in (pickle.BYTEARRAY8[0], pickle.EXT1[0], pickle.EXT2[0], pickle.EXT4[0])
     }
@@ -248,6 +320,62 @@ class _PlainReader(pickle._Unpickler):
     def __init__(self, file: "BinaryIO | _Bounded") -> None:
         super().__init__(file, encoding="utf-8", errors="surrogateescape")
         self.made: dict[tuple[str, str], Any] = {}
+
+    def load_reduce(self) -> None:
+        self._check_arguments()
+        _PYTHONS[pickle.REDUCE[0]](self)
+
+    def load_newobj(self) -> None:
+        self._check_arguments()
+        _PYTHONS[pickle.NEWOBJ[0]](self)
+
+    def load_newobj_ex(self) -> None:
+        """Keywords are left out."""
+        self.stack.pop()
+        self.load_newobj()
+
+    def _check_arguments(self) -> None:
+        """Each call copies its arguments, and one tuple may stand in any number of calls."""
+        if len(self.stack[-1]) > _ARGS_MAX:
+            raise CheckpointError("has a pickle with a call of impossible form")
+
+    def load_setitem(self) -> None:
+        _checked_key(self.stack[-2])
+        _PYTHONS[pickle.SETITEM[0]](self)
+
+    def load_setitems(self) -> None:
+        for key in self.stack[::2]:
+            _checked_key(key)
+        _PYTHONS[pickle.SETITEMS[0]](self)
+
+    def load_dict(self) -> None:
+        for key in self.stack[::2]:
+            _checked_key(key)
+        _PYTHONS[pickle.DICT[0]](self)
+
+    def load_frozenset(self) -> None:
+        """Nothing that counts lies in a set."""
+        self.pop_mark()
+        self.append(frozenset())
+
+    def load_additems(self) -> None:
+        self.pop_mark()
+
+    def load_build(self) -> None:
+        """Only what is made here takes a state: another one's would go around the checks of its making."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Inert | _Mapping):
+            self.stack[-1].__setstate__(state)
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class _PlainMetadataReader(_PlainReader):
@@ -263,6 +391,8 @@ class _TreeReader(_PlainReader):
         if name in _STORAGES and module in ("torch", "torch.storage", "torch.cuda"):
             return _STORAGES[name]
         if key not in self.made:
+            if len(self.made) >= _NAMES_MAX:
+                raise CheckpointError("has a pickle that refers to more classes than any honest one")
             self.made[key] = _REBUILD.get(key) or _NEUTRAL.get(key) or _stand_in(module, name, known=key in _CALLABLE)
         return self.made[key]
 
@@ -272,7 +402,7 @@ class _TreeReader(_PlainReader):
             raise CheckpointError("has a pickle with a reference that is none of torch's")
         if not (isinstance(saved[1], str) and isinstance(saved[4], int)):
             raise CheckpointError("has a pickle with a storage that is none of torch's")
-        return saved[1], str(saved[2]), saved[4]
+        return saved[1], text_of(saved[2]), saved[4]
 
 
 def _rebuild_tensor(storage: tuple[str, str, int], offset: int, size: Any, stride: Any, *rest: Any) -> Local:
@@ -288,11 +418,17 @@ def _rebuild_untyped(
 
 
 def _local(key: str, dtype: object, offset: object, size: Any, stride: Any, stored: int) -> Local:
+    if len(size) > _ARGS_MAX or len(stride) > _ARGS_MAX:
+        raise CheckpointError("has a pickle with a tensor of impossible form")
     numbers = (offset, *size, *stride)
     if not isinstance(dtype, str) or any(not isinstance(n, int) or n < 0 for n in numbers) or len(size) != len(stride):
         raise CheckpointError("has a pickle with a tensor of impossible form")
     assert isinstance(offset, int)
     return Local(key, dtype, offset, tuple(size), tuple(stride), stored)
+
+
+def _is_shape(value: Any) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(value, tuple | list) and len(value) <= _ARGS_MAX and all(isinstance(n, int) and n >= 0 for n in value)
 
 
 def _rebuild_parameter(data: Any, *rest: Any) -> Any:
@@ -306,13 +442,13 @@ def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
         local, spec = parts.get("_local_tensor"), parts.get("_spec")
         meta = spec.field("tensor_meta")
         shape = meta.args[0] if isinstance(meta, Inert) and meta.args else meta.field("shape") if isinstance(meta, Inert) else None
-        if not isinstance(local, Local) or shape is None:
+        if not isinstance(local, Local) or not _is_shape(shape):
             return Unsupported(f"DTensor of {getattr(local, 'kind', 'an unknown tensor')}")
         return Sharded(local, tuple(shape), spec)
     if name == "torch.distributed._shard.sharded_tensor.api.ShardedTensor":
         return _rebuild_sharded_tensor(state)
     if name in ("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch.Tensor", "torch._tensor.Tensor"):
-        return function(*args) if callable(function) else Unsupported(name)
+        return function(*args) if callable(function) and len(args) <= _ARGS_MAX else Unsupported(name)
     return Unsupported(name or "a tensor subclass")
 
 
@@ -320,7 +456,7 @@ def _rebuild_sharded_tensor(state: Any) -> "Sharded | Unsupported":
     """What FSDP1 gives: a list of this rank's shards, and the metadata of all."""
     shards, metadata = state[0], state[1]
     size = metadata.field("size")
-    if not isinstance(size, tuple) or len(shards) > 1:
+    if not isinstance(size, tuple) or not _is_shape(size) or len(shards) > 1:
         return Unsupported("a ShardedTensor of several shards a rank")
     if not shards:
         return Sharded(None, size, None)
@@ -350,16 +486,22 @@ _REBUILD: dict[tuple[str, str], Any] = {
 
 
 class _Bounded:
-    """A file whose ``read`` never asks the system for more than the file can hold."""
+    """A file of which no more than ``limit`` bytes are read, whatever lengths it tells."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size = file, size
+    def __init__(self, file: BinaryIO, limit: int) -> None:
+        self._file, self._limit, self._left = file, limit, limit
 
     def read(self, length: int = -1) -> bytes:
-        return self._file.read(self._size if length < 0 else min(length, self._size))
+        return self._taken(self._file.read(self._left + 1 if length < 0 else min(length, self._left + 1)))
 
     def readline(self) -> bytes:
-        return self._file.readline(self._size)
+        return self._taken(self._file.readline(self._left + 1))
+
+    def _taken(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise RefusedError(f"describes its tensors in more than {self._limit} bytes")
+        return data
 
 
 def read_tree(data: bytes) -> Any:
@@ -371,9 +513,15 @@ def read_tree(data: bytes) -> Any:
     return _load(_TreeReader(io.BytesIO(data)))
 
 
-def read_objects(file: BinaryIO, size: int, count: int) -> list[Any]:
-    """The next ``count`` pickles of an open file of ``size`` bytes, as torch wrote them before 1.6; the file then stands behind them."""
-    return [_load(_TreeReader(_Bounded(file, size))) for _ in range(count)]
+def read_objects(file: BinaryIO, limit: int, count: int) -> list[Any]:
+    """The next ``count`` pickles of an open file, each of at most ``limit`` bytes, as torch wrote them before 1.6.
+
+    The file then stands behind them.
+
+    Raises:
+        CheckpointError: one is no pickle, larger, or asks for a call of a name that is not on the list.
+    """
+    return [_load(_TreeReader(_Bounded(file, limit))) for _ in range(count)]
 
 
 def read_metadata(data: bytes, bounded: bool = False) -> Inert:

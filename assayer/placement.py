@@ -10,10 +10,12 @@ from typing import Any
 
 from assayer.errors import CheckpointError
 from assayer.files import printable
-from assayer.pickles import Inert
+from assayer.pickles import Inert, text_of
 
 __all__ = ["Box", "box_of"]
 
+# Parts of a nested size.
+_PARTS_MAX = 100
 # Offsets and sizes.
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -42,10 +44,12 @@ def box_of(spec: Inert, shape: tuple[int, ...], name: str) -> Box | None:
     if len(placements) != len(sizes) or len(coordinate) != len(sizes):
         raise CheckpointError(f"the tensor {printable(name)} has {len(placements)} placements on a mesh of {len(sizes)} dimensions")
     begin, length = [0] * len(shape), list(shape)
+    for placement in placements:
+        dim = placement.field("dim") if _is_shard(placement) else 0
+        if not isinstance(dim, int) or not -len(shape) <= dim < max(1, len(shape)):
+            raise CheckpointError(f"the tensor {printable(name)} of shape {list(shape)} is sharded on the dimension {text_of(dim)}")
     for axis in _order(placements, sizes, name):
         dim = placements[axis].field("dim")
-        if not isinstance(dim, int) or not -len(shape) <= dim < len(shape):
-            raise CheckpointError(f"the tensor {printable(name)} of shape {list(shape)} is sharded on the dimension {dim}")
         step = -(-length[dim] // sizes[axis])
         first = min(step * coordinate[axis], length[dim])
         begin[dim] += first
@@ -100,4 +104,14 @@ def _mesh_of(mesh: Inert, name: str) -> tuple[list[int], list[int] | None]:
 
 def _size(shape: Any) -> int:
     """The product of a size that may be nested."""
-    return shape if isinstance(shape, int) else prod(_size(part) for part in shape)
+    todo, product, parts = [shape], 1, 0
+    while todo:
+        part = todo.pop()
+        parts += 1
+        if isinstance(part, int):
+            product *= part
+        elif isinstance(part, tuple | list) and len(part) + len(todo) + parts <= _PARTS_MAX:
+            todo += part
+        else:
+            raise CheckpointError("has a device mesh of impossible form")
+    return product

@@ -3,6 +3,7 @@
 Written here rather than left to the package, because its reader maps the whole file and hands out tensors, and a merge needs offsets.
 """
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from assayer.content import safetensors_header
 from assayer.errors import CheckpointError
-from assayer.files import printable
+from assayer.files import open_file, printable
 from assayer.tensors import DTYPES, Dtype
 
 __all__ = ["BY_NAME", "Span", "read_header"]
@@ -35,13 +36,13 @@ def read_header(path: Path) -> tuple[dict[str, Span], dict[str, Any]]:
         OSError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length, header = safetensors_header(file)
         free = header.pop("__metadata__", None) or {}
         spans = {name: _span(name, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{printable(str(path))} is no whole safetensors file ({printable(str(error))[:120]})") from None
-    size = path.stat().st_size
     end = max((span.start + _nbytes(span) for span in spans.values()), default=8 + length)
     if size < end:
         raise CheckpointError(f"{printable(str(path))} holds {size} bytes of the {end} that its header tells")

@@ -17,8 +17,9 @@ __all__ = ["sealed"]
 _CPU_SECONDS = 600
 
 
-def sealed(function: Callable[[], Iterator[Any]], memory: int) -> Iterator[Any]:
-    """What ``function`` yields (JSON values), called in a forked child that may take ``memory`` bytes more than this process has.
+def sealed(function: Callable[[], Iterator[Any]], memory: int, seconds: int = _CPU_SECONDS) -> Iterator[Any]:
+    """What ``function`` yields (JSON values), called in a forked child that may take ``memory`` bytes more than this process has,
+    and so many ``seconds`` of a processor.
 
     Raises:
         CheckpointError: it needed more memory, died, or raised an error of ours, whose text is kept.
@@ -32,7 +33,7 @@ def sealed(function: Callable[[], Iterator[Any]], memory: int) -> Iterator[Any]:
         pid = os.fork()
     if pid == 0:
         os.close(read_end)
-        _child(function, write_end, memory)
+        _child(function, write_end, memory, seconds)
     os.close(write_end)
     answer: dict[str, Any] | None = None
     try:
@@ -52,12 +53,12 @@ def sealed(function: Callable[[], Iterator[Any]], memory: int) -> Iterator[Any]:
         raise CheckpointError(answer["error"])
 
 
-def _child(function: Callable[[], Iterator[Any]], write_end: int, memory: int) -> None:
+def _child(function: Callable[[], Iterator[Any]], write_end: int, memory: int, seconds: int) -> None:
     code = 1
     try:
         with os.fdopen(write_end, "w") as answer:
             try:
-                _limit(memory)
+                _limit(memory, seconds)
                 for value in function():
                     answer.write(json.dumps(value, separators=(",", ":")) + "\n")
                 last: dict[str, Any] = {"end": True}
@@ -73,12 +74,12 @@ def _child(function: Callable[[], Iterator[Any]], write_end: int, memory: int) -
         os._exit(code)
 
 
-def _limit(memory: int) -> None:
+def _limit(memory: int, seconds: int) -> None:
     try:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except (OSError, ValueError):
         taken = 0
-    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     wanted = taken + memory
     resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

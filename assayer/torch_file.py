@@ -12,8 +12,8 @@ from typing import Any
 
 from assayer.archive import Record, read_bytes, read_checked, records_of
 from assayer.errors import CheckpointError, RefusedError
-from assayer.files import printable
-from assayer.pickles import Inert, Local, Sharded, Unsupported, read_objects, read_tree
+from assayer.files import open_descriptor, printable
+from assayer.pickles import Inert, Local, Sharded, Unsupported, read_objects, read_tree, text_of
 from assayer.tensors import DTYPES, Piece, Tensor, dtype_of, piece_of
 
 __all__ = ["TorchFile", "leaves", "read_torch_file", "whole_tensors"]
@@ -43,11 +43,11 @@ def read_torch_file(path: Path, name: str, limit: int = _DESCRIPTION_MAX) -> Tor
         CheckpointError: it is not whole, or asks for a call of a name that is not on the list.
         OSError: it cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_descriptor(path)
     try:
         size = os.fstat(descriptor).st_size
         if os.pread(descriptor, 4, 0) != b"PK\x03\x04":
-            return _legacy(descriptor, size, name)
+            return _legacy(descriptor, size, name, limit)
         records = records_of(descriptor, 0, size)
         description, order = records.get("data.pkl"), records.get("byteorder")
         if description is None:
@@ -65,21 +65,21 @@ def read_torch_file(path: Path, name: str, limit: int = _DESCRIPTION_MAX) -> Tor
         os.close(descriptor)
 
 
-def _legacy(descriptor: int, size: int, name: str) -> TorchFile:
+def _legacy(descriptor: int, size: int, name: str, limit: int) -> TorchFile:
     with os.fdopen(os.dup(descriptor), "rb") as file:
         file.seek(0)
-        magic, _, system, tree = read_objects(file, size, 4)
+        magic, _, system, tree = read_objects(file, limit, 4)
         if magic != _MAGIC or not isinstance(system, dict) or not system.get("little_endian", True):
             raise CheckpointError("holds no torch.save data (neither a zip nor a pickle of torch's)")
-        (keys,) = read_objects(file, size, 1)
+        (keys,) = read_objects(file, limit, 1)
         sizes = {leaf.key: DTYPES[leaf.dtype].size for _, leaf in _locals(tree) if leaf.dtype in DTYPES}
         records = {}
         position = file.tell()
-        for key in keys:
+        for key in map(text_of, keys):
             count = int.from_bytes(read_bytes(descriptor, 8, position), "little")
-            length = count * sizes.get(str(key), 0)
-            if str(key) not in sizes or position + 8 + length > size:
-                raise CheckpointError(f"ends before the {length} bytes of its storage {printable(str(key))}")
+            length = count * sizes.get(key, 0)
+            if key not in sizes or position + 8 + length > size:
+                raise CheckpointError(f"ends before the {length} bytes of its storage {printable(key)}")
             records[f"data/{key}"] = Record(position + 8, length, None)
             position += 8 + length
     return TorchFile(name, tree, records)

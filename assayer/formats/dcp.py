@@ -5,6 +5,7 @@ where (torch/distributed/checkpoint/metadata.py, filesystem.py). It is read with
 process of limited memory. A save over an older checkpoint rewrites the shards first: then they are younger than ``.metadata``.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from typing import Any
 
 from assayer.checkpoint import Listing, Position
 from assayer.containers import model_names
+from assayer.content import METADATA_MAX, read_limited
 from assayer.errors import CheckpointError
 from assayer.files import printable
 from assayer.formats import single_file
-from assayer.pickles import Inert, read_metadata
+from assayer.pickles import Inert, read_metadata, text_of
 from assayer.sealed import sealed
 from assayer.tensors import DTYPES, Dtype, Piece, Tensor, cover, dtype_of
 
@@ -36,6 +38,10 @@ _SHOWN = 200
 _SMALL = 256 << 10
 # A larger one may take so many bytes, and so many for each of its own, in a child (measured: about 12 for each).
 _MEMORY, _MEMORY_EACH = 512 << 20, 24
+# Seconds of a processor for it, and one for each MiB (measured: half a million pieces in 4 s).
+_SECONDS = 30
+# Words of the way to a tensor.
+_PATH_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +106,9 @@ def weights_in(listing: Listing, folder: str) -> tuple[str, ...]:
 def missing_in(listing: Listing, folder: str, metadata: Sequence[str] = (METADATA,)) -> str | None:
     """Why the distributed checkpoint in a folder of the listing cannot be whole yet."""
     prefix = f"{folder}/" if folder else ""
+    entries = {entry.name: entry for entry in listing.entries}
     for name in metadata:
-        told = listing.entry(prefix + name)
+        told = entries.get(prefix + name)
         if told is None:
             return f"no {prefix}{name} yet"
         if told.size == 0:
@@ -111,7 +118,7 @@ def missing_in(listing: Listing, folder: str, metadata: Sequence[str] = (METADAT
         except CheckpointError as error:
             return f"{prefix}{name} {error}"
         for file, end in sorted(ends.items()):
-            shard = listing.entry(prefix + file)
+            shard = entries.get(prefix + file)
             if shard is None:
                 return f"{_shown(prefix + file)} is missing"
             if shard.size < end:
@@ -183,20 +190,20 @@ def _shown(name: str) -> str:
 
 
 def _parsed(path: Path, extract: Callable[[Inert], Iterator[Any]]) -> Iterator[Any]:
-    data = path.read_bytes()
-    if len(data) <= _SMALL:
+    size = os.stat(path).st_size
+    if size <= _SMALL:
         try:
-            yield from extract(read_metadata(data))
+            yield from extract(read_metadata(read_limited(path, _SMALL)))
         except (TypeError, AttributeError, ValueError, LookupError) as error:
             raise CheckpointError(f"has an impossible form ({printable(str(error))[:120]})") from None
         return
-    size = len(data)
-    del data
+    if size > METADATA_MAX:
+        raise CheckpointError(f"holds {size} bytes; {METADATA_MAX} are read")
 
     def read_and_extract() -> Iterator[Any]:
-        return extract(read_metadata(path.read_bytes(), bounded=True))
+        return extract(read_metadata(read_limited(path, METADATA_MAX), bounded=True))
 
-    yield from sealed(read_and_extract, _MEMORY + _MEMORY_EACH * size)
+    yield from sealed(read_and_extract, _MEMORY + _MEMORY_EACH * size, _SECONDS + (size >> 20))
 
 
 def _ends(metadata: Inert) -> Iterator[list[Any]]:
@@ -221,7 +228,7 @@ def _rows(metadata: Inert) -> Iterator[list[Any]]:
     guess = _Guess(tensors) if not isinstance(paths, dict) else None
     for key, value in tensors.items():
         path = guess.path(key) if guess else paths.get(key, (key,)) if isinstance(paths, dict) else (key,)
-        if not isinstance(path, tuple | list) or not path:
+        if not isinstance(path, tuple | list) or not 0 < len(path) <= _PATH_MAX:
             raise CheckpointError(f"tells no way to {printable(str(key))}")
         properties = value.field("properties")
         state = properties.state if isinstance(properties, Inert) else None
@@ -234,7 +241,14 @@ def _rows(metadata: Inert) -> Iterator[list[Any]]:
                 raise CheckpointError(f"does not say where the part of {printable(str(key))} at {list(begin)} lies")
             pieces.append([begin, sizes, *_place(info)])
             extension = extension or info.field("transform_descriptors")
-        yield [key, [str(p) for p in path], str(dtype), _numbers(value.field("size")), pieces, str(extension[0]) if extension else None]
+        yield [
+            key,
+            [text_of(p) for p in path],
+            text_of(dtype),
+            _numbers(value.field("size")),
+            pieces,
+            text_of(extension[0]) if extension else None,
+        ]
 
 
 class _Guess:

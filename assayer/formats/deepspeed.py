@@ -6,18 +6,21 @@ other, into one range a rank; stage 3 cuts every parameter by itself. They are p
 ``checkpoint-<N>/``, under accelerate it is called ``pytorch_model``, under Lightning ``checkpoint``.
 """
 
+import errno
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from assayer.checkpoint import Listing, Position, first_incomplete
 from assayer.containers import model_names
 from assayer.errors import CheckpointError, RefusedError
-from assayer.files import natural_key, printable
+from assayer.files import natural_key, open_file, printable
 from assayer.formats import hf_dir, single_file
-from assayer.pickles import Inert, Local
+from assayer.pickles import Inert, Local, text_of
 from assayer.tensors import Piece, Tensor, cover, dtype_of, piece_of
 from assayer.torch_file import TorchFile, leaves, read_torch_file, whole_tensors
 
@@ -26,6 +29,8 @@ FOLDERS = r"global_step\d+|pytorch_model(_\d+)?|checkpoint"
 RESUMING = r"(optimizer|scheduler|sampler|custom_checkpoint)(_\d+)?\.(bin|pt|pkl)|scaler\.pt|rng_state(_\d+)?\.pth"
 SHARDED = True
 
+# Bytes of a description that is read to see how many files there are.
+_GLANCE = 16 << 20
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 # deepspeed/runtime/zero/config.py, ZeroStageEnum.
 _STAGES = {"optimizer_states": 1, "gradients": 2, "weights": 3}
@@ -133,13 +138,15 @@ def _own_tag(listing: Listing) -> str:
 
 
 def _latest(listing: Listing) -> str | None:
-    """The tag that `latest` names; None when there is no such file."""
+    """The tag that `latest` names; None when there is no such file. A link, or a named pipe, is none of DeepSpeed's."""
     folder = listing.path.rstrip("/") if _tag(listing) else listing.path.rstrip("/").rpartition("/")[0]
     try:
-        with open(f"{folder}/latest", errors="replace") as file:
-            return file.read(1000).strip()
-    except FileNotFoundError:
-        return None
+        with open_file(Path(folder, "latest"), os.O_NOFOLLOW) as file:
+            return file.read(1000).decode(errors="replace").strip()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EINVAL):
+            return None
+        raise
 
 
 def _number(tag: str) -> int | None:
@@ -160,7 +167,7 @@ def _absent(listing: Listing) -> str | None:
     models = _files(listing, _MODEL)
     # Each rank of tensor parallelism has files of its own for every rank of data parallelism.
     parallel = len({found[2] for name in models if (found := _MODEL.fullmatch(name.rpartition("/")[2]))})
-    wanted = parallel * _world(_optimizer(read_torch_file(listing.file(files[0]), files[0])))
+    wanted = parallel * _world(_optimizer(read_torch_file(listing.file(files[0]), files[0], _GLANCE)))
     if models[0].rpartition("/")[2].startswith("zero_pp_rank_") and len(models) != wanted:
         return f"{len(models)} of {wanted} *_model_states.pt are there"
     return None if len(files) == wanted else f"{len(files)} of {wanted} *_optim_states.pt are there"
@@ -171,7 +178,7 @@ def _stage_of(listing: Listing) -> int:
     name = _files(listing, _MODEL)[0]
     if name.rpartition("/")[2].startswith("zero_pp_rank_"):
         return 3
-    tree = read_torch_file(listing.file(name), name).tree
+    tree = read_torch_file(listing.file(name), name, _GLANCE).tree
     return 1 if isinstance(tree, dict) and tree.get("param_shapes") else 0
 
 
@@ -201,7 +208,7 @@ def _read(listing: Listing) -> _Parts:
         raise CheckpointError(f"{printable(models[0])} holds no model of DeepSpeed's")
     shared = model.tree.get("shared_params")
     pairs = shared.items() if isinstance(shared, dict) else shared or []
-    aliases = {str(alias): str(source) for alias, source in pairs}
+    aliases = {text_of(alias): text_of(source) for alias, source in pairs}
     if not optims or not model.tree.get("param_shapes"):
         return _Parts(model, 0, {}, [], {}, [], None)
     files = [read_torch_file(listing.file(name), name) for name in optims]
@@ -218,9 +225,9 @@ def _read(listing: Listing) -> _Parts:
         flat.append((file, groups))
     told = model.tree["param_shapes"]
     tables = told if isinstance(told, list) else [told]
-    shapes = {str(name): tuple(shape) for table in tables for name, shape in table.items()}
+    shapes = {text_of(name): tuple(shape) for table in tables for name, shape in table.items()}
     paddings = states[0].get("param_alignment_paddings")
-    return _Parts(model, stage, shapes, [[str(name) for name in table] for table in tables], aliases, flat, paddings)
+    return _Parts(model, stage, shapes, [[text_of(name) for name in table] for table in tables], aliases, flat, paddings)
 
 
 def _stage(state: dict[str, Any], name: str) -> int:
@@ -230,7 +237,7 @@ def _stage(state: dict[str, Any], name: str) -> int:
         # Python 3.11.0 to 3.11.3 pickle an enum's member by its name.
         number = _STAGES.get(str(getattr(stage, "given", "")).rpartition(".")[2])
     if number not in (1, 2, 3):
-        raise CheckpointError(f"{printable(name)} is none of ZeRO's stages 1 to 3 (zero_stage {printable(str(number))})")
+        raise CheckpointError(f"{printable(name)} is none of ZeRO's stages 1 to 3 (zero_stage {printable(text_of(number))})")
     return int(number)
 
 

@@ -4,13 +4,13 @@ transformers writes config.json first and trainer_state.json last, both in place
 ``save_pretrained`` alone writes no trainer_state.json, so such an export is whole when its files are, and nothing has moved for a while.
 """
 
-import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from assayer.checkpoint import Listing, Position, count_of
 from assayer.containers import model_names
-from assayer.content import incomplete
+from assayer.content import incomplete, read_table
 from assayer.errors import CheckpointError
 from assayer.files import printable
 from assayer.formats import single_file
@@ -26,6 +26,8 @@ SHARDED = False
 STATE = "trainer_state.json"
 
 _COUNT_MAX = 10**18
+# Characters of a file name; a longer one is there nowhere.
+_NAME_MAX = 300
 _SHARD = re.compile(r"(model|pytorch_model|adapter_model)-(\d+)-of-(\d+)\.(safetensors|bin)")
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -48,7 +50,10 @@ def missing(listing: Listing) -> str | None:
     names = listing.names
     for index in _INDEX:
         if index in names:
-            shards = _shards_in(listing, index)
+            try:
+                shards = _shards_in(listing, index)
+            except CheckpointError as error:
+                return f"{index} {error}"
             if shards is None:
                 return f"{index} is being written"
             absent = sorted(shards - names)
@@ -68,7 +73,12 @@ def missing(listing: Listing) -> str | None:
 
 def missing_state(listing: Listing) -> str | None:
     """Why the Trainer's own state is not whole yet, where there is one."""
-    return f"{STATE} is being written" if STATE in listing.names and _state(listing) is None else None
+    if STATE not in listing.names:
+        return None
+    try:
+        return f"{STATE} is being written" if _state(listing) is None else None
+    except CheckpointError as error:
+        return f"{STATE} {error}"
 
 
 def unmarked(listing: Listing) -> str | None:
@@ -77,7 +87,11 @@ def unmarked(listing: Listing) -> str | None:
 
 def position(listing: Listing) -> Position:
     named = single_file.position_in(listing.name)
-    state = (_state(listing) if STATE in listing.names else None) or {}
+    try:
+        state = (_state(listing) if STATE in listing.names else None) or {}
+    except CheckpointError:
+        # Why it is not ready is said by ``missing_state``.
+        state = {}
     step, tokens = (count_of(state.get(key)) for key in ("global_step", "num_input_tokens_seen"))
     epoch = state.get("epoch")
     return Position(
@@ -115,17 +129,22 @@ def read_torch(listing: Listing, names: Sequence[str]) -> list[Tensor]:
 
 
 def _shards_in(listing: Listing, index: str) -> set[str] | None:
-    """The names of the shards that an index tells; None while it is no whole JSON."""
-    try:
-        table = json.loads(listing.file(index).read_bytes())["weight_map"]
-        return {str(name) for name in table.values()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
+    """The names of the shards that an index tells; None while it is no whole JSON.
+
+    Raises:
+        CheckpointError: it is none of an honest size.
+    """
+    table = (read_table(listing.file(index)) or {}).get("weight_map")
+    return {str(name)[:_NAME_MAX] for name in table.values()} if isinstance(table, dict) else None
 
 
-def _state(listing: Listing) -> dict[str, object] | None:
+def _state(listing: Listing) -> dict[str, Any] | None:
+    """The Trainer's state; None while it is no whole JSON, or cannot be read.
+
+    Raises:
+        CheckpointError: it is none of an honest size.
+    """
     try:
-        state = json.loads(listing.file(STATE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_table(listing.file(STATE))
+    except OSError:
         return None
-    return state if isinstance(state, dict) else None

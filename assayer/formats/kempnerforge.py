@@ -4,10 +4,10 @@ In its asynchronous mode ``train_state.pt`` and ``metadata.json`` come before th
 do not say how many they are: the first holds the embedding, the last the final norm, and layers carry their number in the whole model.
 """
 
-import json
 import re
 
 from assayer.checkpoint import Listing, Position, count_of
+from assayer.content import read_table
 from assayer.errors import CheckpointError
 from assayer.files import printable
 from assayer.formats import dcp
@@ -61,10 +61,10 @@ def unmarked(listing: Listing) -> str | None:
 def position(listing: Listing) -> Position:
     named = dcp.position(listing)
     try:
-        told = json.loads(listing.file("metadata.json").read_bytes())
-        step, tokens = told.get("step"), told.get("tokens_seen")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        told = read_table(listing.file("metadata.json")) or {}
+    except (OSError, CheckpointError):
         return named
+    step, tokens = told.get("step"), told.get("tokens_seen")
     return Position(step=named.step if count_of(step) is None else count_of(step), tokens=count_of(tokens))
 
 

@@ -19,6 +19,8 @@ SHARDED = True
 
 _MODEL = "model_and_optim"
 _MARK = ".metadata.json"
+# Bytes of a description that is read for a position alone.
+_GLANCE = 4 << 20
 
 
 def claims(listing: Listing) -> bool:
@@ -42,7 +44,7 @@ def position(listing: Listing) -> Position:
     """The step from the name, the tokens from rank 0's state."""
     named = dcp.position(listing)
     try:
-        tree = read_torch_file(listing.file("train/rank0.pt"), "train/rank0.pt").tree
+        tree = read_torch_file(listing.file("train/rank0.pt"), "train/rank0.pt", _GLANCE).tree
     except (CheckpointError, OSError):
         return named
     tokens = tree.get("global_train_tokens_seen") if isinstance(tree, dict) else None

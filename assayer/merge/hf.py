@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from assayer.checkpoint import Checkpoint
-from assayer.errors import AssayerError, UnreadableError, UsageError
+from assayer.content import read_table
+from assayer.errors import AssayerError, CheckpointError, UnreadableError, UsageError
 from assayer.files import printable, write_whole
 from assayer.tensors import Dtype
 
@@ -110,11 +111,13 @@ def _config(path: Path | None, kind: type[AssayerError]) -> dict[str, Any] | Non
     if path is None:
         return None
     try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise kind(f"{printable(str(path))} is no config that can be read ({printable(str(error))[:100]})") from None
-    if not isinstance(config, dict):
-        raise kind(f"{printable(str(path))} is no config: it must hold a table")
+        config = read_table(path)
+    except OSError as error:
+        raise kind(f"{printable(str(path))} is no config that can be read ({error.strerror})") from None
+    except CheckpointError as error:
+        raise kind(f"{printable(str(path))} is no config: it {error}") from None
+    if config is None:
+        raise kind(f"{printable(str(path))} is no config: it must hold a table in JSON")
     return config
 
 
