@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,6 +48,8 @@ def sealed(function: Callable[[], Iterator[Any]], memory: int, seconds: int = _C
     finally:
         # Also when the caller stops half-way: then the child's next write fails.
         _, status = os.waitpid(pid, 0)
+    if answer is None and os.waitstatus_to_exitcode(status) == -signal.SIGXCPU:
+        raise CheckpointError(f"needs more than {seconds} s of a processor to be read, which no honest one does")
     if answer is None:
         raise UnreadableError(f"the process that read it died (status {os.waitstatus_to_exitcode(status)})")
     if "error" in answer:

@@ -38,8 +38,8 @@ _SHOWN = 200
 _SMALL = 256 << 10
 # A larger one may take so many bytes, and so many for each of its own, in a child (measured: about 12 for each).
 _MEMORY, _MEMORY_EACH = 512 << 20, 24
-# Seconds of a processor for it, and one for each MiB (measured: half a million pieces in 4 s).
-_SECONDS = 30
+# Seconds of a processor for it, and for each MiB (measured: a twentieth of one).
+_SECONDS = 2
 # Words of the way to a tensor.
 _PATH_MAX = 100
 
@@ -203,7 +203,7 @@ def _parsed(path: Path, extract: Callable[[Inert], Iterator[Any]]) -> Iterator[A
     def read_and_extract() -> Iterator[Any]:
         return extract(read_metadata(read_limited(path, METADATA_MAX), bounded=True))
 
-    yield from sealed(read_and_extract, _MEMORY + _MEMORY_EACH * size, _SECONDS + (size >> 20))
+    yield from sealed(read_and_extract, _MEMORY + _MEMORY_EACH * size, _SECONDS * (1 + (size >> 20)))
 
 
 def _ends(metadata: Inert) -> Iterator[list[Any]]:
