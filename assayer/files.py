@@ -119,10 +119,10 @@ def read_json(path: Path) -> Any:
 
 
 def private_directory(path: Path) -> Path:
-    """Makes ``path`` (mode 0700) where it is missing, and returns it.
+    """Makes ``path`` where it is missing, for this user alone (mode 0700), and returns it.
 
     Raises:
-        StateError: it cannot be made, or it belongs to another user.
+        StateError: it cannot be made or closed to others, or it belongs to another user.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -131,6 +131,14 @@ def private_directory(path: Path) -> Path:
         raise StateError(f"cannot make the directory {printable(str(path))}: {error.strerror}") from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise StateError(f"{printable(str(path))} is not a directory of this user; set XDG_STATE_HOME (or TMPDIR) to one that is")
+    if status.st_mode & 0o077:
+        # Made by another program, or opened later: what lies in it tells passwords, and who may write there gives orders to our workers.
+        try:
+            path.chmod(0o700)
+        except OSError as error:
+            raise StateError(
+                f"cannot close {printable(str(path))} to other users ({error.strerror}); set XDG_STATE_HOME to a folder on a local disk"
+            ) from None
     return path
 
 

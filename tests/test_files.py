@@ -1,6 +1,8 @@
 """Files whole or absent, locks, and safe names."""
 
 import os
+import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,28 @@ def test_a_private_directory_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(StateError, match="not a directory of this user"):
         files.private_directory(tmp_path / "link")
+
+
+def test_a_private_directory_that_others_may_enter_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    files.private_directory(tmp_path / "open")
+    assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == 0o700
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket")
+    for name in ("pipe", "socket", "/dev/zero", "."):
+        with pytest.raises(OSError, match="not a regular file"):
+            files.open_file(Path(name))
+        assert files.read_json(Path(name)) is None
+
+
+def test_json_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("1")
+    assert files.read_json(tmp_path / "a.json") == 1
+    os.truncate(tmp_path / "a.json", 100 << 30)
+    assert files.read_json(tmp_path / "a.json") is None
