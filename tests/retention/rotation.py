@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from conftest import House, until
-from trainings import Order, Told
+from trainings import Order, Told, files_of
 
 from assayer.queues.connect import target
+from assayer.record import Place
 from assayer.status import gather
 
 # How many of the newest checkpoints are evaluated although rotation took them while they waited.
@@ -23,6 +24,8 @@ HELD = 0
 PROGRAM = Path(__file__).with_name("trainings.py")
 # What the watch knows to be whole.
 KNOWN = ("queued", "running", "finished")
+# Checkpoints that do not lie in the training's own directory.
+_FIRST = {"accelerate": "checkpoints/checkpoint_0", "torchtitan": "checkpoint/step-1"}
 # Evaluates nothing before it is told to, so that the queue is as long as the training; then it reads the weights for real.
 EVALUATOR = """
 import math, os, time
@@ -71,12 +74,11 @@ class Scene:
 
     def train_beside_evals(self) -> tuple[Told, Told]:
         """The training in an empty directory, and in one where an earlier watch has left records and holds; nobody looks on."""
+        evals = Place.of(str(self.house.runs / _FIRST.get(self.trainer, "first")), "weigh").folder.parent
         for name in ("checkpoint-900", "checkpoint_900", "step-900", "epoch=899-step=900.ckpt", "last.ckpt"):
-            for folder in ("weigh", ".hold", f".hold/{name}"):
-                (self.house.runs / "evals" / folder).mkdir(parents=True, exist_ok=True)
-            (self.house.runs / "evals" / "weigh" / f"{name}.json").write_text("{}")
+            self.house.file(str(evals / "weigh" / f"{name}.json"), "{}")
             for file in (".metadata", "model.safetensors", "trainer_state.json"):
-                (self.house.runs / "evals" / ".hold" / name / file).write_bytes(b"held")
+                self.house.file(str(evals / ".hold" / name / file), "held")
         with _program(self.house, Order(self.trainer, [str(self.alone), str(self.house.runs)], str(self.desk))) as program:
             pass
         assert program.returncode == 0, said_by(self.house)
@@ -95,7 +97,7 @@ class Scene:
 
     def evaluate(self, told: Told) -> dict[str, dict[str, Any]]:
         """Lets the evaluations go; every record, by its file's name, once each checkpoint that was saved has its last one."""
-        assert self.house.records() == {}, "rotation took them while they were queued"
+        assert [name for name, record in self.house.records().items() if record["status"] == "finished"] == [], "all of them still wait"
         self.gate.touch()
         for name in told.saved:
             until(partial(self._is_settled, name, told), 60, f"the last record of {name}")
@@ -113,6 +115,7 @@ def rotate(house: House, trainer: str, saves: int = 4) -> list[str]:
     alone, watched = scene.train_watched(saves)
     assert_undisturbed(alone, watched)
     assert_told(watched, scene.evaluate(watched))
+    assert files_of(house.runs) == alone.files, "the evaluations left nothing but what is below evals/"
     assert looked(house)["failed"] == []
     return watched.counted
 

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import shutil
@@ -17,9 +16,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,7 +47,7 @@ class Told:
     """What a training in one directory came to.
 
     ``saved``: the sum of the weights at every save of a name, in the order of first saves; ``counted``: what the trainer itself takes for
-    its checkpoints; ``files``: every file below the directory but those below ``evals/``; ``loaded``: the sum of the weights that the
+    its checkpoints; ``files``: every file below the directory but what lies in an ``evals/``; ``loaded``: the sum of the weights that the
     trainer finds in each checkpoint that is left.
     """
 
@@ -264,7 +264,7 @@ class Lightning:
 
 
 class Torchtitan:
-    """torch's DCP under torchtitan's rules: ``step-N/``, the latest two kept, removed by a thread, and a resume from the highest step.
+    """torch's DCP under torchtitan's rules: ``checkpoint/step-N/``, the latest two kept, and a resume from the highest step.
 
     A miniature of torchtitan/components/checkpointer/base.py of September 2026 (``_purge_stale_checkpoints``, ``_find_load_step``).
     A resume saves the step that it begins with once more, in place, with other weights.
@@ -276,54 +276,49 @@ class Torchtitan:
         from torch.distributed.checkpoint.state_dict_saver import save
 
         seed(0)
-        folder = run.directory
+        folder = run.directory / "checkpoint"
+        folder.mkdir(exist_ok=True)
         model = nn.Linear(4, 4)
         if first > 1:
-            found = max(step for step, _ in self._steps(folder))
-            model.load_state_dict(dict(self.load(folder, f"step-{found}")))
+            first = max(step for step, _ in self._steps(folder))
+            model.load_state_dict(dict(self.load(run.directory, f"step-{first}")))
             seed(1)
-            first = found
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1 * first)
         for step in range(first, last + 1):
             model(torch.rand(2, 4)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-            self._purge(folder, step)
-            save(model.state_dict(), checkpoint_id=folder / f"step-{step}", no_dist=True)
+            self._save(folder, step, partial(save, model.state_dict(), checkpoint_id=folder / f"step-{step}", no_dist=True))
             run.save_done([f"step-{step}"], model.state_dict())
+
+    def _save(self, folder: Path, step: int, save: Callable[[], object]) -> None:
+        """Makes room for the step, also by what is not whole, and saves it."""
+        others = [(number, path) for number, path in self._steps(folder) if number != step]
+        whole = [path for _, path in others if (path / ".metadata").is_file()]
+        self._purge([path for _, path in others if path not in whole] + whole[: max(0, len(whole) - self.KEEP + 1)])
+        save()
 
     def _steps(self, folder: Path) -> list[tuple[int, Path]]:
         matches = [(re.fullmatch(r"step-(0|[1-9]\d*)", name), name) for name in os.listdir(folder)]
         return sorted((int(match.group(1)), folder / name) for match, name in matches if match)
 
-    def _purge(self, folder: Path, saving: int) -> None:
-        doomed: queue.Queue[Path | None] = queue.Queue()
-
+    def _purge(self, stale: list[Path]) -> None:
         def purge() -> None:
-            while (path := doomed.get()) is not None:
+            for path in stale:
                 shutil.rmtree(path)
 
-        for path in self._stale(folder, saving):
-            doomed.put(path)
-        doomed.put(None)
         thread = threading.Thread(target=purge)
         thread.start()
         thread.join()
 
-    def _stale(self, folder: Path, saving: int) -> list[Path]:
-        """What has to go, so that there is a place for the step that is being saved; what is not whole goes too."""
-        steps = [(step, path) for step, path in self._steps(folder) if step != saving]
-        whole = [path for _, path in steps if (path / ".metadata").is_file()]
-        return [path for _, path in steps if path not in whole] + whole[: max(0, len(whole) - self.KEEP + 1)]
-
     def counted(self, directory: Path) -> list[str]:
-        return [path.name for _, path in self._steps(directory)]
+        return [path.name for _, path in self._steps(directory / "checkpoint")]
 
     def load(self, directory: Path, name: str) -> Mapping[str, torch.Tensor]:
         from torch.distributed.checkpoint.state_dict_loader import load
 
         weights: dict[str, torch.Tensor] = nn.Linear(4, 4).state_dict()
-        load(weights, checkpoint_id=directory / name, no_dist=True)
+        load(weights, checkpoint_id=directory / "checkpoint" / name, no_dist=True)
         return weights
 
 
@@ -368,9 +363,9 @@ def listening(directory: Path) -> Iterator[list[str]]:
 
 
 def files_of(directory: Path) -> list[str]:
-    """Every file below the directory but those of the folder ``evals/`` in it."""
+    """Every file and folder below the directory but what lies in a folder ``evals/``."""
     found = [path.relative_to(directory) for path in directory.rglob("*")]
-    return sorted(str(path) + "/" * (directory / path).is_dir() for path in found if path.parts[0] != "evals")
+    return sorted(str(path) + "/" * (directory / path).is_dir() for path in found if "evals" not in path.parts)
 
 
 def carry_out(order: Order) -> dict[str, Any]:
