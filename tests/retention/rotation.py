@@ -25,7 +25,7 @@ PROGRAM = Path(__file__).with_name("trainings.py")
 # What the watch knows to be whole.
 KNOWN = ("queued", "running", "finished")
 # Checkpoints that do not lie in the training's own directory.
-_FIRST = {"accelerate": "checkpoints/checkpoint_0", "torchtitan": "checkpoint/step-1"}
+_FIRST = {"accelerate": "checkpoints/checkpoint_0", **dict.fromkeys(("torchtitan", "early_torchtitan"), "checkpoint/step-1")}
 # Evaluates nothing before it is told to, so that the queue is as long as the training; then it reads the weights for real.
 EVALUATOR = """
 import math, os, time

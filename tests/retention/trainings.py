@@ -322,12 +322,29 @@ class Torchtitan:
         return weights
 
 
+class EarlyTorchtitan(Torchtitan):
+    """torchtitan 0.1.0 and before: it saves, then counts every entry of its folder as a checkpoint (components/checkpoint.py).
+
+    An entry without ``step-N`` in its name ends the training, which torchtitan's pull request 1465 mended in July 2025.
+    """
+
+    def _save(self, folder: Path, step: int, save: Callable[[], object]) -> None:
+        save()
+        found = sorted((self._step_of(name), folder / name) for name in os.listdir(folder))
+        self._purge([path for _, path in found[: -self.KEEP]])
+
+    def _step_of(self, name: str) -> int:
+        match = re.search(r"step-(\d+)", name)
+        return int(match.group(1))  # type: ignore[union-attr]
+
+
 TRAINERS: dict[str, Trainer] = {
     "hf_trainer": HuggingFace(),
     "hf_trainer_best": HuggingFace(best=True),
     "accelerate": Accelerate(),
     "lightning": Lightning(),
     "torchtitan": Torchtitan(),
+    "early_torchtitan": EarlyTorchtitan(),
 }
 
 
