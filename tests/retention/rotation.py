@@ -55,13 +55,14 @@ class Scene:
         self.desk.mkdir()
         self.alone.mkdir()
 
-    def train_watched(self, saves: int, *words: object) -> tuple[Told, Told]:
-        """The training without and with a watch; every save but the first ``saves`` comes after a resume."""
+    def train_watched(self, saves: int, folder: str = "") -> tuple[Told, Told]:
+        """The training without a watch, and with one of this folder in its directory; the last save comes after a resume."""
         evaluator = self.house.file("weigh.py", EVALUATOR.format(gate=str(self.gate)))
         directories = [str(self.alone), str(self.house.runs)]
         order = Order(self.trainer, directories, str(self.desk), watched=str(self.house.runs), first=saves - 1, last=saves)
         with _program(self.house, order) as program:
-            self.house.watch(*words, evaluator=f"{evaluator}:weigh")
+            words = ["--evaluator", f"{evaluator}:weigh", "--polling_interval", 1, "--wait_for_directory", "--detach"]
+            self.house.command("watch", "--directory", self.house.runs / folder, *words)
             (self.desk / "begin").touch()
             number = 1
             while _next(program, self.desk / f"saved-{number}.json"):
@@ -109,10 +110,10 @@ class Scene:
         return record is not None and (name not in told.counted or record["metrics"] == {"sum": told.saved[name][-1]})
 
 
-def rotate(house: House, trainer: str, saves: int = 4) -> list[str]:
+def rotate(house: House, trainer: str, saves: int = 4, folder: str = "") -> list[str]:
     """The scene that every trainer plays; returns what the trainer counts as its checkpoints in the end."""
     scene = Scene(house, trainer)
-    alone, watched = scene.train_watched(saves)
+    alone, watched = scene.train_watched(saves, folder)
     assert_undisturbed(alone, watched)
     assert_told(watched, scene.evaluate(watched))
     assert files_of(house.runs) == alone.files, "the evaluations left nothing but what is below evals/"

@@ -16,3 +16,9 @@ def test_accelerate_trains_and_resumes_beside_what_a_watch_has_left(house: House
 @pytest.mark.slow
 def test_accelerate_rotates_through_a_queue_longer_than_the_holds(house: House) -> None:
     assert rotate(house, "accelerate", 12) == ["checkpoint_10", "checkpoint_11"]
+
+
+@pytest.mark.slow
+def test_accelerate_is_not_disturbed_by_a_watch_of_its_folder_of_checkpoints(house: House) -> None:
+    assert rotate(house, "accelerate", folder="checkpoints") == ["checkpoint_2", "checkpoint_3"]
+    assert (house.runs / "evals" / "weigh" / "checkpoint_3.json").exists()
