@@ -18,7 +18,7 @@ from assayer.queues.connect import target
 from assayer.record import Place
 from assayer.status import gather
 
-# How many of the newest checkpoints are evaluated although rotation took them while they waited.
+# How many of the newest saves are evaluated although rotation took them while they waited, the one that is being evaluated counted too.
 HELD = 0
 
 PROGRAM = Path(__file__).with_name("trainings.py")
@@ -33,6 +33,8 @@ import torch
 from safetensors.torch import load_file
 
 def weigh(checkpoint_path):
+    with open({begun!r}, "w") as begun:
+        begun.write(os.path.basename(checkpoint_path))
     while not os.path.exists({gate!r}):
         time.sleep(0.02)
     if os.path.isdir(checkpoint_path):
@@ -51,13 +53,14 @@ class Scene:
         self.trainer = trainer
         self.desk = house.root / "desk"
         self.alone = house.root / "alone"
+        self.begun = self.desk / "begun"
         self.gate = self.desk / "gate"
         self.desk.mkdir()
         self.alone.mkdir()
 
     def train_watched(self, saves: int, folder: str = "") -> tuple[Told, Told]:
         """The training without a watch, and with one of this folder in its directory; the last save comes after a resume."""
-        evaluator = self.house.file("weigh.py", EVALUATOR.format(gate=str(self.gate)))
+        evaluator = self.house.file("weigh.py", EVALUATOR.format(begun=str(self.begun), gate=str(self.gate)))
         directories = [str(self.alone), str(self.house.runs)]
         order = Order(self.trainer, directories, str(self.desk), watched=str(self.house.runs), first=saves - 1, last=saves)
         with _program(self.house, order) as program:
@@ -87,9 +90,14 @@ class Scene:
         return told[str(self.alone)], told[str(self.house.runs)]
 
     def _see(self, names: list[str]) -> None:
-        """Returns when a look that began now or later has found these checkpoints whole."""
+        """Returns when a look that began now or later has found these checkpoints whole, and the first evaluation has begun."""
         now = time.time()
         until(lambda: self._is_seen(names, now), 60, f"{names} seen by the watch")
+        until(self.running, 60, "the first evaluation")
+
+    def running(self) -> str:
+        """The name of the checkpoint that is being evaluated."""
+        return self.begun.read_text() if self.begun.exists() else ""
 
     def _is_seen(self, names: list[str], since: float) -> bool:
         (watch,) = looked(self.house)["watches"]
@@ -115,7 +123,8 @@ def rotate(house: House, trainer: str, saves: int = 4, folder: str = "") -> list
     scene = Scene(house, trainer)
     alone, watched = scene.train_watched(saves, folder)
     assert_undisturbed(alone, watched)
-    assert_told(watched, scene.evaluate(watched))
+    first = scene.running()
+    assert_told(watched, scene.evaluate(watched), first)
     assert files_of(house.runs) == alone.files, "the evaluations left nothing but what is below evals/"
     assert looked(house)["failed"] == []
     return watched.counted
@@ -165,12 +174,15 @@ def assert_undisturbed(alone: Told, watched: Told) -> None:
     assert set(watched.said) - set(alone.said) == set()
 
 
-def assert_told(watched: Told, records: dict[str, dict[str, Any]]) -> None:
-    """Every checkpoint that was whole has a true record; one that was saved again under its name may have one of what it held before."""
-    names = list(watched.saved)
-    for name in names:
+def assert_told(watched: Told, records: dict[str, dict[str, Any]], first: str) -> None:
+    """Every checkpoint that was whole has a true record; one that was saved again under its name may have one of what it held before.
+
+    ``first`` is the one that was being evaluated all the time.
+    """
+    held = {first, *watched.order[len(watched.order) - HELD + 1 :]} if HELD else set()
+    for name in watched.saved:
         record = records[f"{name}.json"]
-        if name in watched.counted or name in names[len(names) - HELD :]:
+        if name in held or name in watched.counted:
             assert record["status"] == "finished", record
         assert record["status"] in ("finished", "vanished"), record
     for file, record in records.items():

@@ -46,12 +46,13 @@ class Order:
 class Told:
     """What a training in one directory came to.
 
-    ``saved``: the sum of the weights at every save of a name, in the order of first saves; ``counted``: what the trainer itself takes for
-    its checkpoints; ``files``: every file below the directory but what lies in an ``evals/``; ``loaded``: the sum of the weights that the
-    trainer finds in each checkpoint that is left.
+    ``saved``: the sum of the weights at every save of a name; ``order``: the name of every save, the oldest first; ``counted``: what the
+    trainer itself takes for its checkpoints; ``files``: every file below the directory but what lies in an ``evals/``; ``loaded``: the sum
+    of the weights that the trainer finds in each checkpoint that is left; ``said``: what it warned of.
     """
 
     saved: dict[str, list[float]] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
     counted: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     loaded: dict[str, float] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class Run:
         """Notes a save of these weights under these names; returns when whoever looks on has seen them."""
         for name in names:
             self.told.saved.setdefault(name, []).append(total(weights))
+            self.told.order.append(name)
         if self._desk is None:
             return
         self._saves += 1
