@@ -55,6 +55,7 @@ class Scene:
         self.alone = house.root / "alone"
         self.begun = self.desk / "begun"
         self.gate = self.desk / "gate"
+        self.results = Place.of(str(house.runs / _FIRST.get(trainer, "first")), "weigh").folder
         self.desk.mkdir()
         self.alone.mkdir()
 
@@ -78,11 +79,10 @@ class Scene:
 
     def train_beside_evals(self) -> tuple[Told, Told]:
         """The training in an empty directory, and in one where an earlier watch has left records and holds; nobody looks on."""
-        evals = Place.of(str(self.house.runs / _FIRST.get(self.trainer, "first")), "weigh").folder.parent
         for name in ("checkpoint-900", "checkpoint_900", "step-900", "epoch=899-step=900.ckpt", "last.ckpt"):
-            self.house.file(str(evals / "weigh" / f"{name}.json"), "{}")
+            self.house.file(str(self.results / f"{name}.json"), "{}")
             for file in (".metadata", "model.safetensors", "trainer_state.json"):
-                self.house.file(str(evals / ".hold" / name / file), "held")
+                self.house.file(str(self.results.parent / ".hold" / name / file), "held")
         with _program(self.house, Order(self.trainer, [str(self.alone), str(self.house.runs)], str(self.desk))) as program:
             pass
         assert program.returncode == 0, said_by(self.house)
@@ -104,16 +104,20 @@ class Scene:
         states = {Path(row["path"]).name: row["state"] for row in watch["checkpoints"]}
         return (watch["last_look"] or 0) > since and all(states.get(name) in KNOWN for name in names)
 
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Every record by its file's name; what lies beside them may go at any moment, and is not looked at."""
+        return {path.name: json.loads(path.read_text()) for path in self.results.glob("*.json")}
+
     def evaluate(self, told: Told) -> dict[str, dict[str, Any]]:
         """Lets the evaluations go; every record, by its file's name, once each checkpoint that was saved has its last one."""
-        assert [name for name, record in self.house.records().items() if record["status"] == "finished"] == [], "all of them still wait"
+        assert [name for name, record in self.records().items() if record["status"] == "finished"] == [], "all of them still wait"
         self.gate.touch()
         for name in told.saved:
             until(partial(self._is_settled, name, told), 60, f"the last record of {name}")
-        return self.house.records()
+        return self.records()
 
     def _is_settled(self, name: str, told: Told) -> bool:
-        record = self.house.records().get(f"{name}.json")
+        record = self.records().get(f"{name}.json")
         # A path that was saved again first has the records of what it held before.
         return record is not None and (name not in told.counted or record["metrics"] == {"sum": told.saved[name][-1]})
 
