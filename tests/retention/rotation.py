@@ -19,7 +19,7 @@ from assayer.record import Place
 from assayer.status import gather
 
 # How many of the newest saves are evaluated although rotation took them while they waited, the one that is being evaluated counted too.
-HELD = 0
+HELD = 8
 
 PROGRAM = Path(__file__).with_name("trainings.py")
 # What the watch knows to be whole.
@@ -183,7 +183,7 @@ def assert_told(watched: Told, records: dict[str, dict[str, Any]], first: str) -
 
     ``first`` is the one that was being evaluated all the time.
     """
-    held = {first, *watched.order[len(watched.order) - HELD + 1 :]} if HELD else set()
+    held = {first, *watched.order[1 - HELD :]}
     for name in watched.saved:
         record = records[f"{name}.json"]
         if name in held or name in watched.counted:
