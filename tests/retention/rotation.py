@@ -1,6 +1,7 @@
 """A training that rotates its checkpoints in a directory that is watched, beside the same training with nobody looking on."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from assayer.queues.connect import target
 from assayer.record import Place
 from assayer.status import gather
 
-# How many of the newest saves are evaluated although rotation took them while they waited, the one that is being evaluated counted too.
+# What --hold is by default: so many of the newest saves are evaluated although rotation took them while they waited. The one that is
+# being evaluated counts too.
 HELD = 8
 
 PROGRAM = Path(__file__).with_name("trainings.py")
@@ -59,13 +61,13 @@ class Scene:
         self.desk.mkdir()
         self.alone.mkdir()
 
-    def train_watched(self, saves: int, folder: str = "") -> tuple[Told, Told]:
+    def train_watched(self, saves: int, folder: str = "", *more: object) -> tuple[Told, Told]:
         """The training without a watch, and with one of this folder in its directory; the last save comes after a resume."""
         evaluator = self.house.file("weigh.py", EVALUATOR.format(begun=str(self.begun), gate=str(self.gate)))
         directories = [str(self.alone), str(self.house.runs)]
         order = Order(self.trainer, directories, str(self.desk), watched=str(self.house.runs), first=saves - 1, last=saves)
         with _program(self.house, order) as program:
-            words = ["--evaluator", f"{evaluator}:weigh", "--polling_interval", 1, "--wait_for_directory", "--detach"]
+            words = ["--evaluator", f"{evaluator}:weigh", "--polling_interval", 1, "--wait_for_directory", "--detach", *more]
             self.house.command("watch", "--directory", self.house.runs / folder, *words)
             (self.desk / "begin").touch()
             number = 1
@@ -126,9 +128,14 @@ def rotate(house: House, trainer: str, saves: int = 4, folder: str = "") -> list
     """The scene that every trainer plays; returns what the trainer counts as its checkpoints in the end."""
     scene = Scene(house, trainer)
     alone, watched = scene.train_watched(saves, folder)
+    assert (scene.results.parent / ".hold").is_dir()
     assert_undisturbed(alone, watched)
     first = scene.running()
-    assert_told(watched, scene.evaluate(watched), first)
+    records = scene.evaluate(watched)
+    assert_told(watched, records)
+    held = {first, *watched.order[1 - HELD :]}
+    assert {name: records[f"{name}.json"]["status"] for name in held} == dict.fromkeys(held, "finished")
+    until(lambda: os.listdir(scene.results.parent) == ["weigh"], what="every hold let go")
     assert files_of(house.runs) == alone.files, "the evaluations left nothing but what is below evals/"
     assert looked(house)["failed"] == []
     return watched.counted
@@ -178,17 +185,11 @@ def assert_undisturbed(alone: Told, watched: Told) -> None:
     assert set(watched.said) - set(alone.said) == set()
 
 
-def assert_told(watched: Told, records: dict[str, dict[str, Any]], first: str) -> None:
-    """Every checkpoint that was whole has a true record; one that was saved again under its name may have one of what it held before.
-
-    ``first`` is the one that was being evaluated all the time.
-    """
-    held = {first, *watched.order[1 - HELD :]}
+def assert_told(watched: Told, records: dict[str, dict[str, Any]]) -> None:
+    """Every checkpoint that was whole has a true record; one that was saved again under its name may have one of what it held before."""
     for name in watched.saved:
-        record = records[f"{name}.json"]
-        if name in held or name in watched.counted:
-            assert record["status"] == "finished", record
-        assert record["status"] in ("finished", "vanished"), record
+        expected = ["finished"] if name in watched.counted else ["finished", "vanished"]
+        assert records[f"{name}.json"]["status"] in expected, records[f"{name}.json"]
     for file, record in records.items():
         name = Path(record["checkpoint"]).name
         assert file == f"{name}.json" or len(watched.saved[name]) > 1, f"{name} was saved once"
