@@ -18,16 +18,10 @@ def test_torchtitan_rotates_through_a_queue_longer_than_the_holds(house: House) 
     assert rotate(house, "torchtitan", 12) == ["step-11", "step-12"]
 
 
-# torchtitan 0.1.0 takes evals/ beside its steps for a checkpoint without a number, and stops.
-STOPS = pytest.mark.xfail(reason="results of checkpoint/step-N lie beside the steps, not one level higher", strict=True)
-
-
-@STOPS
 def test_a_torchtitan_that_counts_every_entry_of_its_folder_trains_on(house: House) -> None:
     assert_undisturbed(*Scene(house, "early_torchtitan").train_beside_evals())
 
 
-@STOPS
 @pytest.mark.slow
 def test_a_torchtitan_that_counts_every_entry_of_its_folder_rotates_as_without_a_watch(house: House) -> None:
     assert rotate(house, "early_torchtitan") == ["step-3", "step-4"]
