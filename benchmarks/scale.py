@@ -145,9 +145,9 @@ def latencies(connection: Connection, save: Callable[[int], tuple[Path, float]],
     deadline = time.monotonic() + 60
     while len(found) < count and time.monotonic() < deadline:
         for job in queued(connection):
-            path = str(job.kwargs["checkpoint"])
-            if path in whole and job.enqueued_at:
-                found[path] = job.enqueued_at.timestamp() - whole[path]
+            name = str(job.kwargs["checkpoint"])
+            if name in whole and job.enqueued_at:
+                found[name] = job.enqueued_at.timestamp() - whole[name]
         time.sleep(0.5)
     if len(found) < count:
         raise SystemExit(f"{count - len(found)} checkpoints were not queued")

@@ -111,7 +111,7 @@ class House:
         return json.loads(path.read_text()) if path.exists() else None
 
     def records(self) -> dict[str, dict[str, Any]]:
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for folder, below, names in os.walk(self.runs):
             # What is held comes and goes.
             below[:] = [name for name in below if name != ".hold"]

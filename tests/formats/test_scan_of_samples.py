@@ -1,7 +1,6 @@
 """A look at what a trainer leaves in its directory finds the checkpoints in it, and nothing of what lies inside them or beside them."""
 
 import os
-from pathlib import Path
 
 import pytest
 from on_disk import ALL, IDS, LAYOUT_IDS, LAYOUTS, original, run_folder
@@ -37,10 +36,3 @@ def test_a_checkpoint_that_is_itself_watched_is_found_as_itself_alone(
     path = original(tmp_path_factory, group, name).path
     if path.is_dir():
         assert [f.checkpoint.path for f in scan(str(path), 9).found] == [str(path)]
-
-
-def test_a_second_look_knows_what_the_first_one_saw(tmp_path_factory: pytest.TempPathFactory) -> None:
-    run: Path = run_folder(original(tmp_path_factory, "two", "verl"))
-    first = {f.checkpoint.path: f for f in scan(str(run), 3).found}
-    again = {f.checkpoint.path: f for f in scan(str(run), 3, known=first).found}
-    assert again == first

@@ -207,9 +207,9 @@ def test_a_missing_directory_is_said_and_nothing_is_taken_for_gone(tmp_path: Pat
 
 
 def test_a_hung_file_system_delays_no_other_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from assayer.watch import survey as module
+    from assayer.watch import scan
 
-    hung, real = threading.Event(), module.open_folder
+    hung, real = threading.Event(), scan.open_folder
 
     def hanging(path: str, *rest: object) -> object:
         return hung.wait() if path.endswith("hung") else real(path, *rest)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from assayer.watch import survey as module
+from assayer.watch import scan
 from assayer.watch.ready import Seen
 from assayer.watch.survey import Survey, Terms
 
@@ -48,13 +48,13 @@ class Listed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.paths: list[str] = []
-        real = module.open_folder
+        real = scan.open_folder
 
         def listing(path: str, *rest: Any) -> Any:
             self.paths.append(path)
             return real(path, *rest)
 
-        monkeypatch.setattr(module, "open_folder", listing)
+        monkeypatch.setattr("assayer.watch.survey.open_folder", listing)
 
     def take(self) -> list[str]:
         taken, self.paths = self.paths, []

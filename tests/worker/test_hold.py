@@ -139,8 +139,8 @@ def test_a_hold_speaks_for_its_own_directory_alone(tmp_path: Path) -> None:
 
 def test_a_hold_of_another_results_directory_lies_there(tmp_path: Path) -> None:
     path = save(tmp_path / "run" / "m_step1.pt")
-    held = take(path, str(tmp_path / "results")) if (tmp_path / "results").mkdir() is None else None
-    assert held
+    (tmp_path / "results").mkdir()
+    held = take(path, str(tmp_path / "results"))
     assert held.folder.is_relative_to(tmp_path / "results")
     assert os.listdir(tmp_path / "run") == ["m_step1.pt"]
     assert hold.find(str(path), held.identity, str(tmp_path / "results")) == held
