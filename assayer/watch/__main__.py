@@ -1,5 +1,8 @@
 from assayer import cli
-from assayer.watch.command import main
 
 if __name__ == "__main__":
+    # Before the imports, which take time: a password must not stand on the command line longer than it has to.
+    cli.hide_passwords()
+    from assayer.watch.command import main
+
     cli.run(main, "python -m assayer.watch")
