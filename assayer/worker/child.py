@@ -22,13 +22,20 @@ from typing import Any
 
 from assayer.errors import AssayerError
 
-__all__ = ["Ending", "become_reaper", "descendants", "die_with_parent", "end_descendants", "run"]
+__all__ = ["GIVEN_UP", "Ending", "become_reaper", "descendants", "die_with_parent", "end_descendants", "give_up_on", "run"]
 
 # Bytes of an evaluator's output that are kept: so much from its start, so much from its end.
 LOG_HEAD = 8 << 20
 LOG_TAIL = 1 << 20
-# Seconds between the polite signal and the hard one.
+# Seconds between the polite signal and the hard one, and the same where the whole worker has to be gone soon.
 GRACE = 5.0
+GIVING_UP_GRACE = 4.0
+# Seconds for which a bad ending waits to see whether this process is told to give up as well: where a scheduler signals every process of a
+# job, the evaluator may be the first to die. The longer one where that is what the ending looks like.
+SETTLE = 0.5
+SETTLE_LONG = 3.0
+# How a process ends that gave its evaluation up: as a shell names an end by SIGTERM.
+GIVEN_UP = 128 + signal.SIGTERM
 # Characters of a traceback that a record keeps, from its end.
 TRACEBACK_MAX = 4000
 
@@ -59,6 +66,56 @@ def die_with_parent(parent: int, sig: int = signal.SIGKILL) -> None:
     _prctl(_PR_SET_PDEATHSIG, sig)
     if os.getppid() != parent:
         os._exit(1)
+
+
+class _GivingUp:
+    """Whether this process is to give its evaluation up, and the child that it would have to end."""
+
+    def __init__(self) -> None:
+        self.signals: tuple[int, ...] = ()
+        self.ordered = False
+        self.child = 0
+
+
+_giving_up = _GivingUp()
+
+
+def give_up_on(signals: tuple[int, ...]) -> None:
+    """From now on each of these signals makes this process give up the evaluation that runs, and exit with ``GIVEN_UP``.
+
+    An evaluator that has returned by then, or does within the grace, is not given up: its outcome is delivered.
+    """
+    _giving_up.signals = signals
+    for number in signals:
+        signal.signal(number, _on_give_up)
+
+
+def _on_give_up(number: int, frame: Any) -> None:
+    _giving_up.ordered = True
+    pid = _giving_up.child
+    if pid:
+        # It may have been waited for in this very moment.
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGTERM)
+            if not _exits_within(pid, GIVING_UP_GRACE):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _give_up_if_ordered() -> None:
+    if _giving_up.ordered:
+        os._exit(GIVEN_UP)
+
+
+def _settle(status: int | None) -> None:
+    """Waits whether a bad ending was the first sign of an order to give up; returns when it was not."""
+    if not _giving_up.signals:
+        return
+    deaths = {*_giving_up.signals, signal.SIGTERM}
+    looks = status is not None and (os.WTERMSIG(status) in deaths if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) == GIVEN_UP)
+    deadline = time.monotonic() + (SETTLE_LONG if looks else SETTLE)
+    while not _giving_up.ordered and time.monotonic() < deadline:
+        time.sleep(0.02)
+    _give_up_if_ordered()
 
 
 def become_reaper(on: bool = True) -> None:
@@ -121,6 +178,7 @@ def run(function: Callable[[], Any], log: Path, timeout: float, heading: str) ->
     Raises:
         OSError: the log cannot be written.
     """
+    _give_up_if_ordered()
     become_reaper()
     killed_before = _oom_kills()
     with log.open("ab") as file:
@@ -131,23 +189,32 @@ def run(function: Callable[[], Any], log: Path, timeout: float, heading: str) ->
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
+        # An order to give up waits until this process knows its child, and the child is itself.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _giving_up.signals)
         pid = os.fork()
         if pid == 0:
             _child(function, answer, write_end, parent)
+        _giving_up.child = pid
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(write_end)
         reader = threading.Thread(target=_copy, args=(read_end, file), daemon=True)
         reader.start()
         try:
             status = _wait(pid, timeout)
         finally:
+            _giving_up.child = 0
             end_descendants()
         reader.join(GRACE)
         os.lseek(answer, 0, os.SEEK_SET)
         with os.fdopen(answer, "rb") as stored:
             text = stored.read()
     if status is None:
-        return Ending(cause="timeout", message=f"did not end within {timeout:g} s")
-    return _ending(status, text, _oom_kills() > killed_before)
+        ending = Ending(cause="timeout", message=f"did not end within {timeout:g} s")
+    else:
+        ending = _ending(status, text, _oom_kills() > killed_before)
+    if ending.cause is not None:
+        _settle(status)
+    return ending
 
 
 def _unnamed_file() -> int:
@@ -196,8 +263,9 @@ def _child(function: Callable[[], Any], answer: int, output: int, parent: int) -
     code = 1
     try:
         die_with_parent(parent)
-        for sig in (signal.SIGALRM, signal.SIGTERM, signal.SIGPIPE):
+        for sig in (signal.SIGALRM, signal.SIGTERM, signal.SIGPIPE, *_giving_up.signals):
             signal.signal(sig, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _giving_up.signals)
         signal.alarm(0)
         # Where memory runs out the kernel takes this process, never a training run beside it.
         with contextlib.suppress(OSError):
