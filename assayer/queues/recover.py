@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
+from typing import Any
 
 from redis.exceptions import WatchError
 from rq import Queue
@@ -19,20 +21,93 @@ from rq.worker import BaseWorker
 from assayer.queues import Connection
 from assayer.queues.enqueue import PREFIX, open_queue
 
-__all__ = ["WORKER_PREFIX", "forget_worker", "is_dead", "is_ours", "our_workers", "remove_waiting", "return_jobs"]
+__all__ = [
+    "SILENCE",
+    "WORKER_PREFIX",
+    "Judge",
+    "forget_worker",
+    "is_dead",
+    "is_ours",
+    "our_workers",
+    "remove_waiting",
+    "return_abandoned",
+    "return_jobs",
+    "return_taken",
+]
 
 # Names of our workers start with this; no other RQ user's do.
 WORKER_PREFIX = "assayer-"
+# Seconds without a heartbeat after which what a worker holds counts as abandoned, and seconds between two answers of Redis that are an
+# outage: after one, all heartbeats are old, and nobody is judged until everybody has had the time for another.
+SILENCE = 45
+GAP = 20.0
 
 
-def return_jobs(connection: Connection, queue_name: str, worker: str, blame: bool) -> list[str]:
-    """Puts what this dead worker was working on back to the front of its queue, and returns the ids.
+class Judge:
+    """Decides when another worker's silence means anything: once Redis has answered this process for ``SILENCE`` without a gap."""
+
+    def __init__(self) -> None:
+        self._since = self._last = time.monotonic()
+
+    def answered(self) -> None:
+        """Redis has answered just now."""
+        now = time.monotonic()
+        if now - self._last > GAP:
+            self._since = now
+        self._last = now
+
+    def may_judge(self) -> bool:
+        now = time.monotonic()
+        return now - self._last <= GAP and now - self._since >= SILENCE
+
+
+def return_abandoned(connection: Connection, queue_name: str) -> list[str]:
+    """Puts our jobs whose worker has not been heard of back to the front of the queue, and returns their ids.
+
+    RQ's own cleaning, by two workers at a time, can queue a job twice; here whoever comes second finds nothing.
+    """
+    queue = open_queue(connection, queue_name)
+    returned = []
+    for entry in connection.zrangebyscore(queue.started_job_registry.key, 0, time.time()):
+        job_id, _, execution = entry.decode().rpartition(":")
+        if _names_ours(connection, job_id) and _return(queue, entry, job_id, execution, True):
+            returned.append(job_id)
+    return returned
+
+
+def _names_ours(connection: Connection, job_id: str) -> bool:
+    with contextlib.suppress(NoSuchJobError, ValueError, TypeError):
+        return is_ours(Job.fetch(job_id, connection=connection, serializer=JSONSerializer))
+    return False
+
+
+def return_taken(connection: Connection, queue_key: str, job_id: str) -> bool:
+    """Puts a job that was taken off the queue and not begun back to its front; False when it is no longer between the two."""
+    between = f"{queue_key}:intermediate"
+    with connection.pipeline() as pipe:
+        while True:
+            try:
+                pipe.watch(between, Job.key_for(job_id))
+                if pipe.lpos(between, job_id) is None or pipe.hget(Job.key_for(job_id), "status") == b"started":
+                    return False
+                pipe.multi()
+                pipe.lrem(between, 0, job_id)
+                pipe.lpush(queue_key, job_id)
+                pipe.execute()
+                return True
+            except WatchError:
+                continue
+
+
+def return_jobs(connection: Connection, queue_name: str, worker: str, blame: bool, forget: bool = True) -> list[str]:
+    """Puts what this worker was working on back to the front of its queue, and returns the ids.
 
     Args:
         connection: Redis.
         queue_name: the queue that it worked on.
         worker: its name.
         blame: False when we ended it ourselves; then the run does not count toward the workers that a job may take down.
+        forget: the worker is dead, and is taken out of RQ's lists as well.
     """
     queue = open_queue(connection, queue_name)
     returned = []
@@ -41,37 +116,46 @@ def return_jobs(connection: Connection, queue_name: str, worker: str, blame: boo
         holder = connection.hget(f"rq:execution:{entry.decode()}", "worker_name")
         if holder == worker.encode() and _return(queue, entry, job_id, execution, blame):
             returned.append(job_id)
-    forget_worker(connection, queue_name, worker)
+    if forget:
+        forget_worker(connection, queue_name, worker)
     return returned
 
 
 def _return(queue: Queue, entry: bytes, job_id: str, execution: str, blame: bool) -> bool:
-    wip = queue.started_job_registry.key
+    wip, key = queue.started_job_registry.key, Job.key_for(job_id)
     connection: Connection = queue.connection
     with connection.pipeline() as pipe:
-        try:
-            pipe.watch(wip, Job.key_for(job_id))
-            if pipe.zscore(wip, entry) is None:
-                return False
-            status = pipe.hget(Job.key_for(job_id), "status")
-            job = None
-            if status in (b"started", b"queued"):
-                with contextlib.suppress(NoSuchJobError):
-                    job = Job.fetch(job_id, connection=queue.connection, serializer=JSONSerializer)
-            pipe.multi()
-            pipe.zrem(wip, entry)
-            pipe.delete(f"rq:execution:{entry.decode()}")
-            pipe.zrem(f"rq:executions:{job_id}", execution)
-            pipe.lrem(queue.intermediate_queue_key, 0, job_id)
-            if job is not None:
-                if not blame and job.meta.get("runs"):
-                    pipe.hset(job.key, "meta", json.dumps({**job.meta, "runs": job.meta["runs"] - 1}))
-                pipe.hset(job.key, "status", JobStatus.QUEUED.value)
-                pipe.lpush(queue.key, job_id)
-            pipe.execute()
-            return job is not None
-        except WatchError:
-            return _return(queue, entry, job_id, execution, blame)
+        while True:
+            try:
+                pipe.watch(wip, key)
+                if pipe.zscore(wip, entry) is None:
+                    return False
+                status, stored = pipe.hmget(key, "status", "meta")
+                waits = status in (b"started", b"queued")
+                meta = _meta(stored)
+                pipe.multi()
+                pipe.zrem(wip, entry)
+                pipe.delete(f"rq:execution:{entry.decode()}")
+                pipe.zrem(f"rq:executions:{job_id}", execution)
+                pipe.lrem(queue.intermediate_queue_key, 0, job_id)
+                if waits:
+                    if not blame and meta.get("runs"):
+                        pipe.hset(key, "meta", json.dumps({**meta, "runs": meta["runs"] - 1}))
+                    pipe.hset(key, "status", JobStatus.QUEUED.value)
+                    # It may wait there already: a Redis that lost everything got it again from the watch.
+                    pipe.lrem(queue.key, 0, job_id)
+                    pipe.lpush(queue.key, job_id)
+                pipe.execute()
+                return waits
+            except WatchError:
+                continue
+
+
+def _meta(stored: bytes | None) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        meta = json.loads(stored) if stored else {}
+        return meta if isinstance(meta, dict) else {}
+    return {}
 
 
 def forget_worker(connection: Connection, queue_name: str, worker: str) -> None:
