@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -141,6 +142,12 @@ class Crew:
         """What is written of the worker that stands, or stood last, in this slot."""
         return read_json(self.slots_folder / f"{slot.locks[0]}.json") or {}
 
+    def note_orderly(self, slot: Slot) -> None:
+        """Notes that the last worker of this slot was told to leave, so that what it held counts for no lost worker when it comes back."""
+        for name in slot.locks:
+            path = self.slots_folder / f"{name}.json"
+            write_json(path, {**(read_json(path) or {}), "orderly": True}, 0o600)
+
     def conflicts(self, slots: list[Slot]) -> list[str]:
         """A sentence for each slot that serves another queue or another Redis, so that none of these workers can stand there."""
         queues = {slot.key: slot.queue for slot in self.wanted()}
@@ -223,7 +230,7 @@ class Started:
     before: dict[str, Any]
 
 
-def start_worker(crew: Crew, slot: Slot, daemon: bool, output: int | None) -> Started:
+def start_worker(crew: Crew, slot: Slot, daemon: bool, output: int | None, requeue_signals: tuple[int, ...] = (signal.SIGTERM,)) -> Started:
     """Starts the worker of a slot, unless one stands there.
 
     Args:
@@ -231,6 +238,7 @@ def start_worker(crew: Crew, slot: Slot, daemon: bool, output: int | None) -> St
         slot: where.
         daemon: it outlives its supervisor; else it ends, after its evaluation, when that does.
         output: descriptor for its standard output and error; None: this process's own.
+        requeue_signals: each of them makes it give its evaluation back and end.
     """
     facts = [crew.slots_folder / f"{name}.json" for name in slot.locks]
     with contextlib.ExitStack() as stack:
@@ -250,6 +258,7 @@ def start_worker(crew: Crew, slot: Slot, daemon: bool, output: int | None) -> St
             "locks": descriptors,
             "parent": 0 if daemon else os.getpid(),
             "supervisor": str(crew.folder) if daemon else "",
+            "requeue_signals": [int(number) for number in requeue_signals],
         }
         process = subprocess.Popen(
             [sys.executable, "-m", "assayer.worker.process"],

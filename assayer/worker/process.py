@@ -20,19 +20,24 @@ def main() -> None:
     for descriptor in orders["locks"]:
         os.set_inheritable(descriptor, False)
     kept_from_children.extend(orders["locks"])
+    # Nothing is held yet that would have to go back.
+    for number in (signal.SIGINT, *orders["requeue_signals"]):
+        signal.signal(number, lambda number, frame: os._exit(0))
     if orders["parent"]:
-        die_with_parent(orders["parent"], signal.SIGTERM)
+        die_with_parent(orders["parent"], signal.SIGINT)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     connection = connect(orders["url"], patience=60, retries=WORKER_RETRIES)
     if slot.kind == "watch":
-        watcher = WatchWorker(slot.queue, connection, orders["name"], slot.gpus or ())
+        watcher = WatchWorker(slot.queue, connection, orders["name"], slot.gpus or (), tuple(orders["requeue_signals"]))
         worker: WatchWorker | EvalWorker = watcher
     else:
         preload()
-        worker = EvalWorker(slot.queue, connection, orders["name"], slot.gpus or ())
+        worker = EvalWorker(slot.queue, connection, orders["name"], slot.gpus or (), tuple(orders["requeue_signals"]))
     if orders["supervisor"]:
         worker.on_maintenance = lambda: revive_supervisor(Path(orders["supervisor"]))
     worker.work(with_scheduler=slot.kind == "watch", logging_level="WARNING")
+    # RQ returns after an error, too.
+    sys.exit(0 if worker.was_told_to_leave else 1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 Started as a daemon by ``launch.Crew``; ``python -m assayer.worker`` runs the same loop in the foreground. RQ's own pool cannot give its
 workers names, heartbeats or GPUs, and its death leaves them orphans.
+
+It ends in three ways. ``warm``: after the running evaluations (SIGINT, or an order). ``now``: the workers are killed, and what they held
+goes back (a second SIGINT, or an order). ``requeue``: it was told to be gone soon (SIGTERM, as a scheduler's preemption): the workers
+give back what they hold by themselves, and after ``REQUEUE_MAX`` nothing of it is left, whatever hinders it.
 """
 
 import contextlib
@@ -26,11 +30,12 @@ from assayer.queues import chain
 from assayer.queues.board import Board, queues_with_watches
 from assayer.queues.connect import connect
 from assayer.queues.embedded import Server
-from assayer.queues.recover import return_jobs
+from assayer.queues.recover import Judge, return_abandoned, return_jobs
 from assayer.queues.stop import stop_orders
 from assayer.session import held_plans
 from assayer.worker.child import become_reaper, descendants, end_descendants
 from assayer.worker.launch import Crew, Slot, start_worker
+from assayer.worker.workers import LEAVE_MAX
 
 __all__ = ["Supervisor", "main", "retire_redis"]
 
@@ -43,6 +48,11 @@ CARE = 2.0
 YOUNG = 20.0
 YOUNG_MAX = 3
 PAUSE_MAX = 60.0
+# Seconds within which everything is gone that was told to give its work back, and those after which a worker is killed that has not gone.
+REQUEUE_MAX = 18
+KILL_AFTER = LEAVE_MAX + 1.5
+# Seconds until a worker that does not leave is told again: it may have been about to start when it was told first.
+TELL_AGAIN = 2.0
 # Seconds without its foreground command after which a watch ends.
 ORPHANED = 10.0
 # Bytes of the supervisor's log past which it starts anew.
@@ -61,6 +71,7 @@ class _Post:
     young: int = 0
     not_before: float = 0.0
     stopped_by_us: bool = False
+    told: float = 0.0
     taken_by: str = ""
 
     @property
@@ -78,6 +89,7 @@ class Supervisor:
     output: int | None = None
     say: Callable[[str], None] = logger.info
     leave: Callable[[], None] = lambda: None
+    requeue_signals: tuple[int, ...] = (signal.SIGTERM,)
     posts: dict[str, _Post] = field(default_factory=dict)
     stopping: str | None = None
     _connection: Any = None
@@ -86,12 +98,16 @@ class Supervisor:
     _signalled: bool = False
     _complaint: str = ""
     _unheld: dict[str, float] = field(default_factory=dict)
+    _told_to_requeue: float = 0.0
+    _unanswered: bool = False
+    _judge: Judge = field(default_factory=Judge)
 
     def run(self) -> None:
         """Returns once the workers have been told to stop and are gone."""
         become_reaper()
-        signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
+        for number in self.requeue_signals:
+            signal.signal(number, self._on_requeue)
         while True:
             self.step()
             if self.stopping and not self._alive() and self._may_leave():
@@ -102,13 +118,31 @@ class Supervisor:
         self._signalled = True
         self.stopping = "now" if self.stopping else "warm"
 
+    def _on_requeue(self, number: int, frame: FrameType | None) -> None:
+        """The workers are told here and not in the loop, which may just be waiting for a Redis that does not answer."""
+        self._signalled = True
+        if self.stopping in ("now", "requeue"):
+            return
+        self.stopping, self._told_to_requeue = "requeue", time.monotonic()
+        self._connection = None
+        signal.signal(signal.SIGALRM, self._on_alarm)
+        signal.alarm(REQUEUE_MAX)
+        self._stop_workers()
+
+    def _on_alarm(self, number: int, frame: FrameType | None) -> None:
+        """The end of all patience: what the workers held comes back when nothing is heard of them."""
+        for post in self.posts.values():
+            self._kill(post)
+        os._exit(0)
+
     def step(self) -> None:
         """One look at every slot, and now and then at everything else."""
         now = time.monotonic()
-        if now - self._cared >= CARE or self._cared == 0:
+        if self.stopping != "requeue" and (now - self._cared >= CARE or self._cared == 0):
             self._cared = now
             try:
                 self._care()
+                self._judge.answered()
             except (redis.RedisError, AssayerError, OSError) as error:
                 self._complain(str(error))
         if self.daemon and not self.stopping and self.crew.order_to_stop():
@@ -119,7 +153,7 @@ class Supervisor:
         for slot in slots.values():
             post = self.posts.setdefault(slot.key, _Post(slot))
             if post.process is not None and post.process.poll() is not None:
-                self._bury(slot, post, _how(post.process.returncode), now)
+                self._bury(slot, post, _how(post.process.returncode), now, orderly=post.process.returncode == 0)
             elif post.adopted is not None and not self.crew.is_held(slot):
                 self._bury(slot, post, "it was started by an earlier supervisor", now)
             # One that an earlier supervisor started is taken on also when all is to end: nobody else would end it.
@@ -151,28 +185,33 @@ class Supervisor:
         return [f"worker {key} died {post.young} times within {YOUNG:g} s" for key, post in self.posts.items() if post.young >= YOUNG_MAX]
 
     def _start(self, slot: Slot, post: _Post, now: float) -> None:
-        started = start_worker(self.crew, slot, self.daemon, self.output)
+        started = start_worker(self.crew, slot, self.daemon, self.output, self.requeue_signals)
         name = str(started.facts.get("name", "?"))
         if started.process is not None:
             if started.before.get("name"):
-                self._return_jobs(slot, str(started.before["name"]), blame=True)
-            post.process, post.name, post.started, post.stopped_by_us = started.process, name, now, False
+                self._return_jobs(slot, str(started.before["name"]), blame=not started.before.get("orderly"))
+            post.process, post.name, post.started, post.stopped_by_us, post.told = started.process, name, now, False, 0.0
             self.say(f"worker {name} started")
         elif self.daemon and self.crew.is_ours(slot):
-            post.adopted, post.name, post.started, post.stopped_by_us = started.facts.get("pid"), name, now, False
+            post.adopted, post.name, post.started, post.stopped_by_us, post.told = started.facts.get("pid"), name, now, False, 0.0
             self.say(f"worker {name} goes on")
         else:
             if post.taken_by != name:
                 self.say(f"{slot.label}: worker {name} stands there already, for {started.facts.get('redis', 'another Redis')}")
             post.taken_by, post.not_before = name, now + 1
 
-    def _bury(self, slot: Slot, post: _Post, how: str, now: float) -> None:
+    def _bury(self, slot: Slot, post: _Post, how: str, now: float, orderly: bool = False) -> None:
+        """``orderly``: it ended by itself, because somebody has told it to."""
         by_us = post.stopped_by_us or bool(self.stopping)
         post.process, post.adopted = None, None
         end_descendants(spare=self._known())
-        self._return_jobs(slot, post.name, blame=not by_us)
+        if not self._return_jobs(slot, post.name, blame=not (by_us or orderly)) and (by_us or orderly):
+            self.crew.note_orderly(slot)
         if by_us:
             self.say(f"worker {post.name} ended")
+            return
+        if orderly:
+            self.say(f"worker {post.name} was told to end; another is started")
             return
         post.young = post.young + 1 if now - post.started < YOUNG else 0
         post.not_before = now + (min(PAUSE_MAX, 2.0 ** (post.young - YOUNG_MAX)) if post.young >= YOUNG_MAX else 0)
@@ -180,12 +219,17 @@ class Supervisor:
         if post.young >= YOUNG_MAX:
             self.say(f"{slot.label}: {post.young} workers in a row died within {YOUNG:g} s; see the lines above and {self.crew.folder}/log")
 
-    def _return_jobs(self, slot: Slot, name: str, blame: bool) -> None:
+    def _return_jobs(self, slot: Slot, name: str, blame: bool) -> bool:
+        """False when Redis did not answer; in a hurry it is asked no second time."""
         try:
-            for job_id in return_jobs(self._redis(), slot.queue, name, blame):
-                self.say(f"job {job_id[:8]} goes back to the queue")
+            if not self._unanswered:
+                for job_id in return_jobs(self._redis(), slot.queue, name, blame):
+                    self.say(f"job {job_id[:8]} goes back to the queue")
+                return True
         except (redis.RedisError, AssayerError) as error:
+            self._unanswered = self.stopping == "requeue"
             self.say(f"what worker {name} held comes back when its heartbeat runs out: {error}")
+        return False
 
     def _known(self) -> frozenset[int]:
         pids = {post.pid for post in self.posts.values() if post.pid is not None}
@@ -193,9 +237,10 @@ class Supervisor:
         return frozenset(pids | ({server} if server else set()))
 
     def _redis(self) -> Any:
-        if self._connection is None:
-            self._connection = connect(self.crew.target.url, patience=2, retries=1)
-        return self._connection
+        # A signal handler may drop it in between.
+        connection = self._connection or connect(self.crew.target.url, patience=2, retries=1)
+        self._connection = connection
+        return connection
 
     def _care(self) -> None:
         """An order to stop is heard, the embedded server runs, no plan is missing in Redis, and every chain goes on."""
@@ -212,6 +257,9 @@ class Supervisor:
             settle_plans(self.crew, connection)
             self._read_orders()
         self._hear_orders(connection)
+        for slot_queue in sorted({slot.queue for slot in self.wanted()}) if self._judge.may_judge() else []:
+            for job_id in return_abandoned(connection, slot_queue):
+                self.say(f"job {job_id[:8]} comes back: nothing was heard of its worker")
         for queue in queues_with_watches(connection) if not self.stopping else []:
             if chain.ensure(connection, queue):
                 logger.info("chain of queue %s started", queue)
@@ -220,6 +268,8 @@ class Supervisor:
 
     def _read_orders(self) -> None:
         """What the disk says, which counts also while no Redis answers: a daemon goes on while there are plans."""
+        if self.stopping == "requeue":
+            return
         order = self.crew.order_to_stop()
         if order or not self.crew.has_plans():
             self.stopping = "now" if "now" in (order, self.stopping) else "warm"
@@ -230,6 +280,8 @@ class Supervisor:
         """What a shutdown, here or on another host, has told all supervisors of these queues. It ends a daemon's plans, too."""
         orders = stop_orders(connection, sorted({slot.queue for slot in self.wanted()}))
         before, self._orders = self._orders or orders, orders
+        if self.stopping == "requeue":
+            return
         if orders[1] > before[1] and (self.stopping or not self.daemon):
             self.stopping = "now"
         elif orders[0] > before[0] and not self.daemon:
@@ -247,23 +299,39 @@ class Supervisor:
                 Board(connection, plan.watch_queue).remove(plan)
 
     def _stop_workers(self) -> None:
-        for post in self.posts.values():
+        for post in list(self.posts.values()):
             self._stop_worker(post, self.stopping)
 
     def _stop_worker(self, post: _Post, how: str | None) -> None:
-        if post.pid is None or (how != "now" and post.stopped_by_us):
-            return
-        post.stopped_by_us = True
-        # What an adopted worker leaves behind would not become ours: it ends with it.
-        for pid in [post.pid, *(descendants(post.pid) if how == "now" and post.adopted else [])]:
+        now = time.monotonic()
+        overdue = how == "requeue" and now - self._told_to_requeue > KILL_AFTER
+        if how == "now" or overdue:
+            post.stopped_by_us = True
+            self._kill(post)
+        elif post.pid is not None and now - post.told > TELL_AGAIN:
+            post.stopped_by_us, post.told = True, now
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if how == "now" else signal.SIGTERM)
+                os.kill(post.pid, signal.SIGTERM if how == "requeue" else signal.SIGINT)
+
+    def _kill(self, post: _Post) -> None:
+        # What an adopted worker leaves behind would not become ours: it ends with it.
+        for pid in [post.pid, *(descendants(post.pid) if post.adopted else [])] if post.pid is not None else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    @property
+    def redis_answers(self) -> bool:
+        """False when it did not answer while everything had to end soon."""
+        return not self._unanswered
 
     def _alive(self) -> bool:
         return any(post.pid is not None for post in self.posts.values())
 
     def _may_leave(self) -> bool:
         """Ends the embedded Redis when nothing needs it; False when a new watch has come meanwhile, and all goes on."""
+        if self.daemon and self.stopping == "requeue" and not self._unanswered:
+            # Its plans stay: the next command on this host goes on with them, and with what lies in the queue.
+            retire_redis(self.crew, with_plans=True)
         if not self.daemon or self._signalled:
             return True
         with locked(self.crew.gate):
@@ -302,10 +370,13 @@ def settle_plans(crew: Crew, connection: Any) -> None:
                 board.remove(stored)
 
 
-def retire_redis(crew: Crew) -> bool:
-    """Stops the embedded server when no watch, no worker and no other RQ user needs it; True when it was stopped."""
+def retire_redis(crew: Crew, with_plans: bool = False) -> bool:
+    """Stops the embedded server when no watch, no worker and no other RQ user needs it; True when it was stopped.
+
+    With ``with_plans`` a watch does not count as needing it.
+    """
     server = Server(crew.state)
-    if not crew.target.embedded or not server.is_running() or crew.has_plans():
+    if not crew.target.embedded or not server.is_running() or (crew.has_plans() and not with_plans):
         return False
     try:
         connection = connect(crew.target.url, patience=2, retries=1)
@@ -315,7 +386,7 @@ def retire_redis(crew: Crew) -> bool:
         connection.close()
     except (AssayerError, redis.RedisError):
         left = True
-    server.stop(work_left=left)
+    server.stop(work_left=left or with_plans)
     return True
 
 
