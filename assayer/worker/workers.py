@@ -235,7 +235,13 @@ class EvalWorker(_Ours, Worker):
         """As RQ's, but a Redis that does not answer ends no evaluation."""
         try:
             super().maintain_heartbeats(job)
-            self.connection.hset(self.key, "current_job", job.id)
+            with self.connection.pipeline() as pipe:
+                # A Redis that lost everything has half of them after RQ's heartbeat, and RQ itself stumbles over half an execution.
+                if self.execution is not None:
+                    pipe.hset(self.execution.key, mapping=self.execution.serialize())
+                    pipe.expire(self.execution.key, SILENCE)
+                pipe.hset(self.key, "current_job", job.id)
+                pipe.execute()
             self._judge.answered()
         except redis.RedisError as error:
             self.log.warning("worker %s: Redis does not answer, the evaluation goes on: %s", self.name, error)
