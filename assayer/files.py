@@ -44,24 +44,56 @@ JSON_MAX = 128 << 20
 def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Writes a file so that a reader, also after a crash, sees the old content, the new one, or no file.
 
-    The temporary file lies beside it as ``<name>.tmp-<random>``; it is flushed to the disk before the rename, the folder after it.
+    The temporary file lies beside it as ``<name>.tmp-<random>``; it is flushed to the disk before the rename, the folder after it. What a
+    killed writer has left of it, the next writer of the same name removes.
 
     Raises:
         OSError: the folder does not exist, is read-only or full; the temporary file is removed.
     """
-    temporary = path.with_name(short_name(path.name, room=24) + f".tmp-{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    start = short_name(path.name, room=24) + ".tmp-"
+    _remove_left_over(path.parent, start)
+    temporary, descriptor = _open_temporary(path.parent, start, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+
+
+def _open_temporary(folder: Path, start: str, mode: int) -> tuple[Path, int]:
+    """A new file and its descriptor, locked for as long as this process writes it, where the file system has locks."""
+    while True:
+        path = folder / f"{start}{secrets.token_hex(4)}"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return path, descriptor
+        # Another writer took it, not locked yet, for one that was left over.
+        os.close(descriptor)
+
+
+def _remove_left_over(folder: Path, start: str) -> None:
+    """Removes the temporary files of this start whose writers are gone: nobody holds their locks."""
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(start)]
+    except OSError:
+        # To write there will say what is wrong.
+        return
+    for name in names:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder / name, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(folder / name)
+            finally:
+                os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,9 +3,13 @@
 import os
 import socket
 import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from assayer import files
 from assayer.errors import StateError
@@ -30,6 +34,31 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
     with pytest.raises(OSError, match="No space"):
         files.write_json(path, {"n": 2})
     assert files.read_json(path) == {"n": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_writers_file_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    source = "import os, sys, time; from pathlib import Path; from assayer import files; "
+    source += "os.replace = lambda *_: (print(flush=True), time.sleep(60)); files.write_json(Path(sys.argv[1]), {})"
+    with subprocess.Popen([sys.executable, "-c", source, str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout
+        writer.stdout.readline()
+        (unfinished,) = os.listdir(tmp_path)
+        files.write_json(path, {"n": 1})
+        assert sorted(os.listdir(tmp_path)) == ["a.json", unfinished], "its writer lives"
+        writer.kill()
+    files.write_json(tmp_path / "b.json", {"n": 2})
+    assert unfinished in os.listdir(tmp_path), "it is not this name's"
+    files.write_json(path, {"n": 3})
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "b.json"]
+
+
+def test_many_writers_of_one_name_at_a_time_take_nothing_from_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: files.write_json(path, {"n": n}), range(400)))
+    assert set(files.read_json(path)) == {"n"}
     assert os.listdir(tmp_path) == ["a.json"]
 
 
