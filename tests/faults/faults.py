@@ -59,7 +59,7 @@ class Scenario:
     longest_stop: float = 10.0
     slowest_evaluation: float = 3.0
     slowest_save: float = 1.0
-    pace: float = 2.0
+    pace: float = 1.0
     runs: int = 3
     settle: float = 240.0
     retry_pause: float | None = None
