@@ -61,6 +61,8 @@ class Scenario:
     slowest_save: float = 1.0
     pace: float = 1.0
     runs: int = 3
+    # How long it takes until a foreground command that was killed is given again: sooner or later than its watch ends.
+    away: tuple[float, ...] = (0.0, 2.0, 12.0)
     settle: float = 240.0
     retry_pause: float | None = None
 
@@ -228,9 +230,8 @@ class _Trial:
         self.outcome.faults.append(Moment(now, kind, detail))
         if kind == "directory away":
             self.away.append((str(self.house.runs / detail.split()[0]), now, float("inf")))
-        if kind in ("kill foreground", "stop foreground"):
-            # Sooner or later than the time after which a watch whose command is gone ends.
-            self.give_at = time.monotonic() + self.chance.choice((0.0, 2.0, 12.0))
+        if kind == "kill foreground":
+            self.give_at = time.monotonic() + self.chance.choice(self.scenario.away)
 
     def _note_undone(self, names: list[str]) -> None:
         for name in names:

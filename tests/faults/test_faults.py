@@ -10,12 +10,24 @@ from faults import Outcome, Scenario, trial
 from injuries import INJURIES
 from verdict import Moment, debts, ledger_faults, record_faults, still_owed
 
-# The scheduler first: a watch worker whose forerunner was killed has none for a while.
-KILLS = tuple(sorted((name for name in INJURIES if name.startswith("kill")), key=lambda name: name != "kill scheduler"))
+# First what needs an evaluation that runs, or a scheduler: a watch worker whose forerunner was killed has none for a while.
+FIRST = ("kill work horse", "kill evaluator", "kill scheduler")
+KILLS = (*FIRST, *(name for name in INJURIES if name.startswith("kill") and name not in FIRST))
 OTHERS = tuple(name for name in INJURIES if not name.startswith("kill"))
 
 # Everything is short here, also the pause before a job is queued again that could not write its record.
-SHORT = Scenario(0, seconds=40, pause=0.5, longest_stop=1.5, slowest_evaluation=1.0, slowest_save=0.3, pace=0.5, runs=2, retry_pause=2.0)
+SHORT = Scenario(
+    0,
+    seconds=40,
+    pause=0.5,
+    longest_stop=1.5,
+    slowest_evaluation=1.0,
+    slowest_save=0.3,
+    pace=0.5,
+    runs=2,
+    away=(0.0, 1.0),
+    retry_pause=2.0,
+)
 
 
 def survived(outcome: Outcome) -> None:
