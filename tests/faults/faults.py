@@ -32,6 +32,7 @@ from verdict import (
     left_in_redis,
     left_on_disk,
     record_faults,
+    status_faults,
     still_owed,
     trainer_faults,
 )
@@ -202,14 +203,18 @@ class _Trial:
         listed = self.scenario.faults
         todo = deque(listed or ())
         end = time.monotonic() + self.scenario.seconds
-        at = time.monotonic() + self.chance.expovariate(1 / self.scenario.pause)
+        pause, phase = self.scenario.pause, end
+        at = time.monotonic() + self.chance.expovariate(1 / pause)
         while time.monotonic() < end and (todo or listed is None):
             self._keep_foreground()
             self._note_undone(self.scene.undo())
             if time.monotonic() >= at:
-                if listed is None and len(todo) < len(INJURIES):
-                    # Each kind as often as any other: what cannot be done for a while waits behind a new set of all.
-                    todo += self.chance.sample(list(INJURIES), len(INJURIES))
+                if not todo or (listed is None and time.monotonic() > phase):
+                    # For a while a few kinds only, fast or slowly: faults that meet find more than all of them evenly mixed.
+                    kinds = self.chance.sample(list(INJURIES), self.chance.randint(2, 8))
+                    todo = deque(self.chance.sample(kinds * 2, 2 * len(kinds)))
+                    pause = self.scenario.pause * self.chance.choice((0.3, 1.0, 2.0))
+                    phase = time.monotonic() + 40
                 kind = todo[0]
                 detail = INJURIES[kind](self.scene)
                 if detail is None:
@@ -218,7 +223,7 @@ class _Trial:
                 else:
                     todo.popleft()
                     self._note(kind, detail)
-                    at = time.monotonic() + min(4 * self.scenario.pause, self.chance.expovariate(1 / self.scenario.pause))
+                    at = time.monotonic() + min(4 * pause, self.chance.expovariate(1 / pause))
             time.sleep(0.05)
         if listed is not None:
             self.outcome.skipped += [f"{kind} (there was nothing to do it to)" for kind in todo if kind != "fill disk" or self.scene.disk]
@@ -290,6 +295,8 @@ class _Trial:
         problems += record_faults(versions, sights, self.results)
         twice, runs, again = ledger_faults(ledger, self.outcome.faults)
         problems += twice + sorted(self.poller.problems) + trainer_faults(journal, versions, self.trainer.returncode)
+        if settled:
+            problems += status_faults(self.house.status(), versions)
         self.outcome.problems += problems
         last = {sight.file: sight for sight in sights}
         states = Counter(sight.status for sight in {(s.checkpoint, s.identity): s for s in last.values()}.values())
@@ -331,7 +338,7 @@ class _Trial:
         self.outcome.problems += [f"process {pid} is left after the shutdown: {line}" for pid, line in left.items()]
         if self.house.server.is_running():
             self.outcome.problems.append("the embedded Redis runs after the shutdown")
-        self.outcome.problems += left_on_disk(self.result_folders)
+        self.outcome.problems += left_on_disk(self.result_folders, self.house.root / "tmp")
 
     def end(self) -> None:
         """Leaves nothing behind, whatever has happened."""
@@ -361,6 +368,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=None, help="of the faults, their moments and the training")
     parser.add_argument("--pause", type=float, default=2.5, help="mean seconds between two faults")
     options = parser.parse_args()
+    # Ended from outside it cleans up, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
     print(
         f"seed {seed}: {options.minutes:g} minutes of faults; every kind is in {', '.join(INJURIES)}; checkpoints of {', '.join(KINDS)}",

@@ -8,7 +8,7 @@ import pytest
 from evidence import Sight, Version, versions_of
 from faults import Outcome, Scenario, trial
 from injuries import INJURIES
-from verdict import Moment, debts, ledger_faults, record_faults, still_owed
+from verdict import Moment, debts, ledger_faults, left_on_disk, record_faults, status_faults, still_owed, trainer_faults
 
 # First what needs an evaluation that runs, or a scheduler: a watch worker whose forerunner was killed has none for a while.
 FIRST = ("kill work horse", "kill evaluator", "kill scheduler")
@@ -149,3 +149,45 @@ def test_a_second_run_is_right_after_a_fault_only_and_never_beside_the_first() -
     assert ledger_faults(run("a", 100, None) + run("b", 105, 106), [Moment(101, "kill evaluator", "")]) == ([], 2, 1)
     assert "though no fault" in ledger_faults(run("a", 100, 101) + run("b", 105, 106), [])[0][0]
     assert "side by side" in ledger_faults(run("a", 100, 107) + run("b", 105, 106), [Moment(101, "flush redis", "")])[0][0]
+
+
+def test_half_files_holds_and_merged_checkpoints_may_not_stay(tmp_path: Path) -> None:
+    results, temporary = tmp_path / "evals", tmp_path / "tmp"
+    (results / "look").mkdir(parents=True)
+    (results / "look" / "m.pt.json").write_text("{}")
+    (temporary / "assayer-scratch-0").mkdir(parents=True)
+    (temporary / "assayer-scratch-0" / "lock").touch()
+    assert left_on_disk([results], temporary) == []
+    (results / ".hold").mkdir()
+    (results / ".hold" / "m.pt").touch()
+    (results / "look" / "n.pt.json").write_text('{"half')
+    (results / "look" / "n.pt.json.tmp-0123").touch()
+    (temporary / "assayer-scratch-0" / "merged").mkdir()
+    left = left_on_disk([results], temporary)
+    assert [any(word in text for text in left) for word in (".hold/m.pt", "n.pt.json is no JSON", ".tmp-0123", "merged")] == [True] * 4
+    assert len(left) == 4
+
+
+def test_a_status_that_does_not_say_finished_is_a_fault() -> None:
+    def told(state: str) -> dict[str, object]:
+        return {"watches": [{"checkpoints": [{"path": PATH, "state": state}]}]}
+
+    assert status_faults(told("finished"), [version()]) == []
+    assert len(status_faults(told("queued"), [version()])) == 1
+    assert status_faults(told("queued"), [version(end=30.0, deleted=30.0)]) == []
+
+
+def test_a_disturbed_training_is_a_fault(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-1"
+    path.mkdir()
+    for name in ("config.json", "model.safetensors", "trainer_state.json"):
+        (path / name).touch()
+    saved = {"path": str(path), "kind": "hf", "at": 1.0}
+    journal = [saved | {"event": "begin", "value": 1.0}, saved | {"event": "whole", "identity": "a"}]
+    assert trainer_faults(journal, versions_of(journal), 0) == []
+    assert len(trainer_faults(journal, versions_of(journal), 1)) == 1
+    assert len(trainer_faults(journal[:1], versions_of(journal[:1]), 0)) == 1, "a save that did not end"
+    deleted = [*journal, saved | {"event": "delete"}]
+    assert len(trainer_faults(deleted, versions_of(deleted), 0)) == 1, "a delete that did not end"
+    (path / "stranger").touch()
+    assert len(trainer_faults(journal, versions_of(journal), 0)) == 1

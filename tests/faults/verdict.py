@@ -19,7 +19,17 @@ from rq.serializers import JSONSerializer
 from assayer.queues.enqueue import open_queue
 from assayer.record import Place
 
-__all__ = ["Moment", "debts", "ledger_faults", "left_in_redis", "left_on_disk", "record_faults", "still_owed", "trainer_faults"]
+__all__ = [
+    "Moment",
+    "debts",
+    "ledger_faults",
+    "left_in_redis",
+    "left_on_disk",
+    "record_faults",
+    "status_faults",
+    "still_owed",
+    "trainer_faults",
+]
 
 # What only says that the weights were away: it may be said again.
 _UNSETTLED = ("vanished", "superseded")
@@ -172,9 +182,16 @@ def trainer_faults(journal: list[dict[str, Any]], versions: list[Version], code:
     return problems
 
 
-def left_on_disk(results: list[Path]) -> list[str]:
-    """Half-written files, and holds, below the folders of results."""
-    left = []
+def status_faults(told: dict[str, Any], versions: list[Version]) -> list[str]:
+    """Where the status does not say of every checkpoint that lies there, once all is at rest, that it is finished."""
+    states = {c["path"]: c["state"] for watch in told["watches"] for c in watch["checkpoints"]}
+    there = [version.path for version in versions if version.end is None]
+    return [f"the status says of {path}: {states.get(path)}" for path in there if states.get(path) != "finished"]
+
+
+def left_on_disk(results: list[Path], temporary: Path) -> list[str]:
+    """Half-written files and holds below the folders of results, and merged checkpoints in the temporary directory."""
+    left = [f"{path} is left" for path in temporary.glob("assayer-scratch-*/*") if path.is_dir()]
     for folder in results:
         for root, _, files in os.walk(folder):
             for name in files:
