@@ -30,8 +30,8 @@ def look(path, original_path, ledger, slowest):
     run = f"{os.getpid()}-{time.time_ns()}"
     value = read(path)
     note(ledger, run=run, event="start", path=original_path, value=value, pid=os.getpid())
-    # One in ten takes long, so that whatever happens meanwhile has time to do harm.
-    time.sleep(random.uniform(0, slowest) * (5 if random.random() < 0.1 else 1))
+    # One in five takes long, so that whatever happens meanwhile has time to do harm.
+    time.sleep(random.uniform(0, slowest) * (5 if random.random() < 0.2 else 1))
     if random.random() < 0.5 and read(path) != value:
         raise ValueError("the weights changed while they were evaluated")
     note(ledger, run=run, event="end", path=original_path, value=value, pid=os.getpid())

@@ -41,6 +41,8 @@ __all__ = ["Outcome", "Scenario", "trial"]
 
 # A failed job that left no record is queued again after a pause; a short trial cannot wait for it.
 _SHORTER_PAUSE = "from assayer.watch import watch_job\nwatch_job.RETRY_PAUSE = {}\n"
+# Seconds that a fault of a list waits for something to do it to.
+_PATIENCE = 6.0
 # Lines of each log that a failure shows.
 _TAIL = 60
 
@@ -137,7 +139,7 @@ class _Trial:
         # The first is watched from the foreground; the last keeps its results on the small disk.
         self.results = {run.folder: str(disk) if run is self.runs[-1] else None for run in self.runs}
         self.result_folders = [disk, *[Path(run.folder, "evals") for run in self.runs]]
-        self.scene = Scene(house, self.runs, self.chance, scenario.longest_stop, None if no_disk else disk)
+        self.scene = Scene(house, self.runs, self.chance, scenario.longest_stop, None if no_disk else disk, self.result_folders)
         self.ledger, self.journal, self.stop = house.root / "ledger", house.root / "journal", house.root / "stop"
         self.evaluator = house.file("look.py", EVALUATOR)
         self.away: list[tuple[str, float, float]] = []
@@ -218,8 +220,10 @@ class _Trial:
                 kind = todo[0]
                 detail = INJURIES[kind](self.scene)
                 if detail is None:
-                    # There is nothing to do it to just now, such as no evaluation: another comes first.
-                    todo.rotate(-1)
+                    # There is nothing to do it to just now, such as no evaluation: another comes first, of a list after a while.
+                    if listed is None or time.monotonic() > at + _PATIENCE:
+                        todo.rotate(-1)
+                        at = time.monotonic()
                 else:
                     todo.popleft()
                     self._note(kind, detail)

@@ -42,6 +42,7 @@ class Scene:
     chance: Random
     longest: float
     disk: Path | None
+    results: list[Path]
     foreground: "subprocess.Popen[bytes] | None" = None
     undos: list[Undo] = field(default_factory=list)
     stopped: set[int] = field(default_factory=set)
@@ -152,6 +153,35 @@ def _stop(role: str) -> Callable[[Scene], str | None]:
     return stop
 
 
+def _kill_at_record(scene: Scene) -> str | None:
+    """Killed in the very milliseconds in which a record is written, or has just been and nobody knows yet."""
+    role = scene.chance.choice(("eval worker", "work horse", "redis", "watch worker", "supervisor"))
+    folders = [path for folder in scene.results for path in (*folder.glob("look"), *folder.glob("*/look"))]
+    pids = sorted({pid for one in (role, "work horse") for pid in scene.pids(one)}) if role != "redis" else scene.pids(role)
+    if not pids:
+        return None
+    before = _names(folders)
+    deadline = time.monotonic() + 2
+    while not (new := _names(folders) - before):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.0003)
+    if role == "work horse":
+        time.sleep(scene.chance.uniform(0, 0.004))
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return f"{role}, pids {pids}, at {sorted(new)[0]}"
+
+
+def _names(folders: list[Path]) -> set[str]:
+    found: set[str] = set()
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            found.update(name for name in os.listdir(folder) if ".json" in name)
+    return found
+
+
 def _kill_all(scene: Scene) -> str | None:
     """Everything at once, as when a machine's memory is gone; only the foreground command stays, which is to bring it all back."""
     if not scene.pids("foreground") or scene.foreground is None or scene.foreground.pid in scene.stopped:
@@ -225,6 +255,7 @@ def _take_away(scene: Scene) -> str | None:
 INJURIES: dict[str, Callable[[Scene], str | None]] = {
     **{f"kill {role}": _kill(role) for role in ROLES},
     **{f"stop {role}": _stop(role) for role in ROLES},
+    "kill at a record": _kill_at_record,
     "kill everything": _kill_all,
     "drop connections": _drop_connections,
     "flush redis": _flush,
