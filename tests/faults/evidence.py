@@ -26,13 +26,14 @@ __all__ = ["EVALUATOR", "Poller", "Sight", "Version", "read_lines", "versions_of
 EVALUATOR = """
 import json, os, random, time
 
-def look(path, original_path, ledger, slowest):
+def look(path, original_path, ledger, slowest, seed):
     run = f"{os.getpid()}-{time.time_ns()}"
     value = read(path)
+    chance = random.Random(f"{seed} {value}")
     note(ledger, run=run, event="start", path=original_path, value=value, pid=os.getpid())
     # One in five takes long, so that whatever happens meanwhile has time to do harm.
-    time.sleep(random.uniform(0, slowest) * (5 if random.random() < 0.2 else 1))
-    if random.random() < 0.5 and read(path) != value:
+    time.sleep(chance.uniform(0, slowest) * (5 if chance.random() < 0.2 else 1))
+    if chance.random() < 0.5 and read(path) != value:
         raise ValueError("the weights changed while they were evaluated")
     note(ledger, run=run, event="end", path=original_path, value=value, pid=os.getpid())
     return {"value": value}

@@ -166,6 +166,7 @@ class _Trial:
         words: list[object] = ["watch", "--directory", run.folder, "--evaluator", f"{self.evaluator}:look", "--eval_existing"]
         words += ["--polling_interval", 1, "--quiet_period", 2, "--num_eval_workers", 2, "--retries", 1000]
         words += ["-E", f"ledger={self.ledger}", "-E", f"slowest={self.scenario.slowest_evaluation}"]
+        words += ["-E", f"seed={self.scenario.seed}"]
         if self.results[run.folder]:
             words += ["--results_dir", self.results[run.folder]]
         return [str(word) for word in words]
