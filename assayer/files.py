@@ -29,6 +29,7 @@ __all__ = [
     "printable",
     "private_directory",
     "read_json",
+    "remove_left_over",
     "short_name",
     "try_lock",
     "write_json",
@@ -40,6 +41,9 @@ NAME_MAX = 255
 # Bytes of a JSON file that are read: a plan whose baseline has half a million checkpoints.
 JSON_MAX = 128 << 20
 
+# Names under which ``write_whole`` writes.
+_TEMPORARY = re.compile(r"(.+)\.tmp-[0-9a-f]{8}", re.DOTALL)
+
 
 def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Writes a file so that a reader, also after a crash, sees the old content, the new one, or no file.
@@ -50,9 +54,9 @@ def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     Raises:
         OSError: the folder does not exist, is read-only or full; the temporary file is removed.
     """
-    start = short_name(path.name, room=24) + ".tmp-"
-    _remove_left_over(path.parent, start)
-    temporary, descriptor = _open_temporary(path.parent, start, mode)
+    name = short_name(path.name, room=24)
+    remove_left_over(path.parent, name)
+    temporary, descriptor = _open_temporary(path.parent, f"{name}.tmp-", mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -79,21 +83,22 @@ def _open_temporary(folder: Path, start: str, mode: int) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-def _remove_left_over(folder: Path, start: str) -> None:
-    """Removes the temporary files of this start whose writers are gone: nobody holds their locks."""
+def remove_left_over(folder: Path, name: str | None = None) -> None:
+    """Removes what killed writers have left in a folder: the temporary files (of this name, or of all) whose locks nobody holds."""
     try:
-        names = [name for name in os.listdir(folder) if name.startswith(start)]
+        found = [(file, _TEMPORARY.fullmatch(file)) for file in os.listdir(folder)]
     except OSError:
         # To write there will say what is wrong.
         return
-    for name in names:
-        with contextlib.suppress(OSError):
-            descriptor = os.open(folder / name, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(folder / name)
-            finally:
-                os.close(descriptor)
+    for file, match in found:
+        if match and name in (None, match[1]):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(folder / file, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(folder / file)
+                finally:
+                    os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -54,6 +54,15 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_living_writers_f
     assert sorted(os.listdir(tmp_path)) == ["a.json", "b.json"]
 
 
+def test_a_folder_can_be_rid_of_all_that_killed_writers_left_and_loses_nothing_else(tmp_path: Path) -> None:
+    kept = ["a.json", "b.json.tmp-0123456", "b.json.tmp-01234567.txt", "c.tmp"]
+    for name in [*kept, "a.json.tmp-01234567", "b.json.tmp-89abcdef"]:
+        (tmp_path / name).touch()
+    files.remove_left_over(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == kept
+    files.remove_left_over(tmp_path / "none")
+
+
 def test_many_writers_of_one_name_at_a_time_take_nothing_from_each_other(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     with ThreadPoolExecutor(8) as pool:

@@ -41,6 +41,7 @@ __all__ = ["Outcome", "Scenario", "trial"]
 
 # A failed job that left no record is queued again after a pause; a short trial cannot wait for it.
 _SHORTER_PAUSE = "from assayer.watch import watch_job\nwatch_job.RETRY_PAUSE = {}\n"
+_GIVEN = "command given again"
 # Seconds that a fault of a list waits for something to do it to.
 _PATIENCE = 6.0
 # Lines of each log that a failure shows.
@@ -91,9 +92,9 @@ class Outcome:
 
     def table(self) -> str:
         """How often each fault was done, and what became of the checkpoints."""
-        done = Counter(moment.kind for moment in self.faults)
+        done = Counter(moment.kind for moment in self.faults if moment.kind in INJURIES or moment.kind == _GIVEN)
         lines = [f"{'fault':<24} {'injected':>9}"]
-        lines += [f"{kind:<24} {done[kind]:>9}" for kind in (*INJURIES, "command given again") if kind in done]
+        lines += [f"{kind:<24} {done[kind]:>9}" for kind in (*INJURIES, _GIVEN) if kind in done]
         lines += [f"{'all':<24} {sum(done.values()):>9}"]
         lines += [f"skipped: {text}" for text in self.skipped]
         lines += ["", *[f"{name:<52} {value:>9g}" for name, value in self.counts.items()]]
@@ -259,7 +260,7 @@ class _Trial:
         text = self.foregrounds[-1].read_text(errors="replace")
         if code != -signal.SIGKILL and text.startswith("watching"):
             self.outcome.problems.append(f"the foreground command ended by itself with code {code}: {text[-600:]}")
-        self._note("command given again", f"the last one ended with {code}: {text.strip().splitlines()[-1:]}")
+        self._note(_GIVEN, f"the last one ended with {code}: {text.strip().splitlines()[-1:]}")
         self.give_at = time.monotonic() + 1
         self._give_foreground()
 
