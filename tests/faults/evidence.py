@@ -200,7 +200,9 @@ class Poller:
 
 def _json_files(folder: Path) -> Iterator[str]:
     """The JSON files in the folders of evaluators below this one."""
-    for root, _, files in os.walk(folder):
+    for root, folders, files in os.walk(folder):
+        # Hidden ones hold no records.
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            if name.endswith(".json") and not name.startswith("."):
+            if name.endswith(".json"):
                 yield os.path.join(root, name)
