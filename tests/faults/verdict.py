@@ -78,6 +78,7 @@ def debts(
 def record_faults(versions: list[Version], sights: list[Sight], results: dict[str, str | None]) -> list[str]:
     """Records of weights that never were, untrue ones, changed ones, and those in a wrong place or more than one."""
     known = {(v.path, v.identity): v for v in versions if v.identity}
+    deletions = [(v.path, v.deleted) for v in versions if v.deleted]
     problems = []
     for sight in sights:
         version = known.get((sight.checkpoint, sight.identity))
@@ -91,7 +92,10 @@ def record_faults(versions: list[Version], sights: list[Sight], results: dict[st
             problems.append(f"{label} lies at {sight.file}, not at {place.record}")
         if sight.status == "finished" and sight.value != version.value:
             problems.append(f"{label} holds the value {sight.value} of other weights than {version.name}")
-        elif sight.status == "vanished" and (version.deleted is None or version.deleted > ended):
+        elif sight.status == "vanished" and not any(
+            p == version.path and version.whole < at <= ended for p, at in deletions if version.whole
+        ):
+            # It may also have been written anew first, and deleted then.
             problems.append(f"{label}: {version.name} was not deleted by then")
         elif sight.status == "superseded" and (version.end is None or version.end > ended):
             problems.append(f"{label}: {version.name} was still there")
