@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from assayer.errors import AssayerError
-from assayer.files import digest, read_json, short_name, write_json
+from assayer.files import digest, read_json, remove_left_over, short_name, write_json
 
 __all__ = ["OWN_FOLDERS", "STATUSES", "Place", "Record", "flatten", "hold_folder", "hold_key", "now_utc", "run_folder"]
 
@@ -227,6 +227,8 @@ class Place:
             OSError: the folder is read-only or full.
         """
         self.make_folder()
+        # Of a name that nobody writes again, too: the weights may have been saved anew since.
+        remove_left_over(self.folder)
         if record.status == "superseded" or not is_current:
             path = self.earlier(record.identity)
         else:

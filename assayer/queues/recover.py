@@ -9,12 +9,14 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from redis.exceptions import WatchError
 from rq import Queue
 from rq.exceptions import DeserializationError, NoSuchJobError
 from rq.job import Job, JobStatus
+from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker
 
@@ -26,7 +28,9 @@ __all__ = [
     "WORKER_PREFIX",
     "Judge",
     "forget_worker",
+    "free_scheduler_lock",
     "is_dead",
+    "is_gone",
     "is_ours",
     "our_workers",
     "remove_waiting",
@@ -185,12 +189,39 @@ def is_dead(worker: dict[str, str]) -> bool:
     """True for a worker (as ``our_workers`` tells it) of this very host whose process is gone."""
     if worker["hostname"] != socket.gethostname() or not worker["pid"].isdigit():
         return False
+    return is_gone(int(worker["pid"]))
+
+
+def free_scheduler_lock(connection: Connection, queue_name: str) -> bool:
+    """Takes the lock of RQ's scheduler from one that was killed on this host, which would keep its successor out for a minute; True when
+    it was taken."""
+    key = RQScheduler.get_locking_key(queue_name)
+    with connection.pipeline() as pipe:
+        try:
+            pipe.watch(key)
+            name = pipe.get(key)
+            host, pid = pipe.hmget(f"rq:scheduler:{name.decode()}", "hostname", "pid") if name else (None, None)
+            if host is None or host.decode() != socket.gethostname() or not pid or not is_gone(int(pid)):
+                return False
+            pipe.multi()
+            pipe.delete(key)
+            pipe.execute()
+            return True
+        except WatchError:
+            return False
+
+
+def is_gone(pid: int) -> bool:
+    """True for a process of this host that has ended, though perhaps nobody has taken note of that yet."""
     try:
-        os.kill(int(worker["pid"]), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
-        pass
+        return False
+    with contextlib.suppress(OSError, IndexError):
+        # The command's name stands in brackets and may hold anything.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
     return False
 
 

@@ -38,6 +38,7 @@ class Foreground:
         self.rows: list[Row] = []
         self._watched: list[Watched] = []
         self._signals = 0
+        self._terminated = False
         self._view = View(connection)
         self._store = PlanStore(crew.state)
 
@@ -57,8 +58,12 @@ class Foreground:
         return any(row.state in BAD for row in self.rows)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Ctrl-C, or the terminal has been closed: counted, and heeded where the command waits, so that nothing is left half done."""
+        """Ctrl-C, or the terminal has been closed: counted, and heeded where the command waits, so that nothing is left half done.
+
+        SIGTERM, as a cluster sends it, leaves no time for the running evaluation.
+        """
         self._signals += 1
+        self._terminated = self._terminated or number == signal.SIGTERM
 
     def _show_until_ended(self) -> bool:
         """True when the user ended it."""
@@ -132,7 +137,7 @@ class Foreground:
         self.crew.stop("warm")
         said = time.monotonic() + 1.5
         while self.crew.is_staffed() and not self.crew.has_plans():
-            if self._signals > seen and not hurried:
+            if (self._signals > seen or self._terminated) and not hurried:
                 hurried = True
                 self.events.say("ending the running evaluation; it goes back to the queue")
                 self.crew.stop("now")

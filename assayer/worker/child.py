@@ -6,10 +6,12 @@ still found and ended. On systems other than Linux these bonds are missing, and 
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import select
 import signal
+import stat
 import sys
 import threading
 import time
@@ -18,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from assayer.errors import AssayerError
 
@@ -181,7 +183,7 @@ def run(function: Callable[[], Any], log: Path, timeout: float, heading: str) ->
     _give_up_if_ordered()
     become_reaper()
     killed_before = _oom_kills()
-    with log.open("ab") as file:
+    with _open_log(log) as file:
         file.write(f"--- {heading}\n".encode(errors="replace"))
         file.flush()
         answer = os.memfd_create("answer") if hasattr(os, "memfd_create") else _unnamed_file()
@@ -215,6 +217,17 @@ def run(function: Callable[[], Any], log: Path, timeout: float, heading: str) ->
     if ending.cause is not None:
         _settle(status)
     return ending
+
+
+def _open_log(path: Path) -> BinaryIO:
+    """A log, opened to append to it; what lies there under its name and is no file of ours is neither followed nor waited for."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor, "ab")
 
 
 def _unnamed_file() -> int:

@@ -26,7 +26,7 @@ from rq.worker import BaseWorker
 from assayer.queues import Connection, chain
 from assayer.queues.board import queues_with_watches
 from assayer.queues.enqueue import EVALUATE, FAILURE_TTL
-from assayer.queues.recover import SILENCE, Judge, return_abandoned, return_jobs, return_taken
+from assayer.queues.recover import SILENCE, Judge, free_scheduler_lock, return_abandoned, return_jobs, return_taken
 from assayer.worker.child import GIVEN_UP, GIVING_UP_GRACE, SETTLE_LONG, become_reaper, die_with_parent, end_descendants, give_up_on
 from assayer.worker.own_jobs import TAKEN_MAX, OwnJob, OwnQueue, Stand
 
@@ -316,6 +316,8 @@ class WatchWorker(_Ours, SimpleWorker):
 
     def _start_scheduler(self, burst: bool = False, logging_level: str | None = "WARNING", *formats: str) -> None:
         self.scheduler = _Scheduler(self.queues, connection=self.connection, serializer=JSONSerializer, logging_level="WARNING")
+        for queue in self.queue_names():
+            free_scheduler_lock(self.connection, queue)
         if self.scheduler.acquire_locks():  # type: ignore[no-untyped-call]
             self.scheduler.start()
 
