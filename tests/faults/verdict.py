@@ -6,7 +6,6 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,10 @@ def debts(
 
 
 def record_faults(versions: list[Version], sights: list[Sight], results: dict[str, str | None]) -> list[str]:
-    """Records of weights that never were, untrue ones, changed ones, and those in a wrong place or more than one."""
+    """Records of weights that never were, untrue ones, changed ones, and those in a wrong place or more than one.
+
+    What a record says must be true when it is first seen: the evaluation itself has ended before its weights are looked at again.
+    """
     known = {(v.path, v.identity): v for v in versions if v.identity}
     deletions = [(v.path, v.deleted) for v in versions if v.deleted]
     problems = []
@@ -86,18 +88,17 @@ def record_faults(versions: list[Version], sights: list[Sight], results: dict[st
         if version is None:
             problems.append(f"{label} tells of weights that never lay whole at {sight.checkpoint}")
             continue
-        ended = datetime.fromisoformat(sight.ended).timestamp()
         place = Place.of(sight.checkpoint, "look", results[os.path.dirname(sight.checkpoint)])
         if Path(sight.file) not in (place.record, place.earlier(sight.identity)):
             problems.append(f"{label} lies at {sight.file}, not at {place.record}")
         if sight.status == "finished" and sight.value != version.value:
             problems.append(f"{label} holds the value {sight.value} of other weights than {version.name}")
         elif sight.status == "vanished" and not any(
-            p == version.path and version.whole < at <= ended for p, at in deletions if version.whole
+            p == version.path and version.whole < at <= sight.at for p, at in deletions if version.whole
         ):
             # It may also have been written anew first, and deleted then.
             problems.append(f"{label}: {version.name} was not deleted by then")
-        elif sight.status == "superseded" and (version.end is None or version.end > ended):
+        elif sight.status == "superseded" and (version.end is None or version.end > sight.at):
             problems.append(f"{label}: {version.name} was still there")
         elif sight.status not in ("finished", *_UNSETTLED):
             problems.append(f"{label}: {version.name} has this record instead of a finished one")
