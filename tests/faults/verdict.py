@@ -125,7 +125,11 @@ def _in_two_places(sights: list[Sight]) -> list[str]:
     for sight in last.values():
         with contextlib.suppress(OSError):
             inodes.setdefault((sight.checkpoint, sight.identity), {})[sight.file] = os.stat(sight.file).st_ino
-    return [f"one version has records in {sorted(files)}" for files in inodes.values() if len(set(files.values())) > 1]
+    return [
+        "one version has records in " + " and ".join(f"{file} ({last[file].status}, ended {last[file].ended})" for file in sorted(files))
+        for files in inodes.values()
+        if len(set(files.values())) > 1
+    ]
 
 
 def ledger_faults(ledger: list[dict[str, Any]], faults: list[Moment]) -> tuple[list[str], int, int]:
