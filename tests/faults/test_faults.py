@@ -11,7 +11,7 @@ from injuries import INJURIES
 from verdict import Moment, debts, ledger_faults, left_on_disk, record_faults, status_faults, still_owed, trainer_faults
 
 # First what needs an evaluation that runs, or a scheduler: a watch worker whose forerunner was killed has none for a while.
-FIRST = ("kill scheduler", "kill at a record", "kill work horse", "kill evaluator")
+FIRST = ("kill work horse", "kill evaluator", "kill scheduler")
 KILLS = (*FIRST, *(name for name in INJURIES if name.startswith("kill") and name not in FIRST))
 OTHERS = tuple(name for name in INJURIES if not name.startswith("kill"))
 
