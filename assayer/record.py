@@ -237,6 +237,11 @@ class Place:
             if present and present.identity != record.identity:
                 _keep(path, self.earlier(present.identity))
         write_json(path, record.to_json())
+        other = self.earlier(record.identity) if path == self.record else self.record
+        present = read(other)
+        if present and present.identity == record.identity:
+            # An earlier word of the same weights, such as that they were away: one record is enough.
+            other.unlink(missing_ok=True)
         return path
 
 

@@ -14,7 +14,10 @@ from assayer.tensors import Tensor
 
 REFINES = ("accelerate",)
 FOLDERS = r"pytorch_model_fsdp_\d+|optimizer_\d+"
-RESUMING = r"(optimizer|scheduler|sampler|custom_checkpoint)(_\d+)?\.(bin|pt|pkl)|scaler\.pt|rng_state(_\d+)?\.pth|optimizer_\d+/.*"
+RESUMING = (
+    r"optimizer(_\d+)?(_rank\d+)?\.(bin|pt)|optimizer_\d+/.*|(scheduler|sampler|custom_checkpoint)(_\d+)?\.(bin|pt|pkl)"
+    r"|scaler\.pt|rng_state(_\d+)?\.pth"
+)
 SHARDED = True
 
 _MODEL = r"pytorch_model_fsdp_\d+"

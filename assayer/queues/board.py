@@ -113,7 +113,7 @@ class Board:
             pipe.hset(self._ended, plan.id, repr(plan.given))
             pipe.expire(self._ended, KEEP)
             pipe.expire(self.sight_key(plan.id), KEEP)
-            for key in (self._given, self._active, self._problem):
+            for key in (self._given, self._active, self._last, self._problem):
                 pipe.hdel(key, plan.id)
             return bool(pipe.execute()[0])
 

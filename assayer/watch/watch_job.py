@@ -117,6 +117,7 @@ def _serve(board: Board, plan: Plan, look: Look, guards: dict[str, str | None], 
     waits = waits or (look.missing and (not plan.once or _any_in_flight(board, sights)))
     if look.final and not waits and not _still_moving(plan, look):
         _end(board, plan)
+        return Note(plan.id, next=now)
     problems = [*look.problems, *([look.notice] if look.notice else [])]
     active_at = look.began if changed or waits else None
     return Note(plan.id, next=now + plan.polling_interval, last=look.began, active_at=active_at, problem="; ".join(problems))

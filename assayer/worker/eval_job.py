@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 # RQ's own count of retries never decides: an attempt counts only when the evaluator itself ended badly.
 _AGAIN = 1_000_000
 
+# Seconds that an evaluation's end waits for a checkpoint that is half written or half deleted.
+HALF_THERE = 5.0
+
 
 def evaluate(**arguments: Any) -> Any:
     """The eval job: its record's main fields, or RQ's order to try again. ``arguments`` are those of ``Task``."""
@@ -157,7 +160,7 @@ def _timed(function: Callable[[], child.Ending]) -> tuple[child.Ending, float]:
 def _finish(job: Job, place: Place, task: Task, source: str, outcome: Record) -> dict[str, Any]:
     """Delivers an outcome, unless the weights changed meanwhile; while the run is away (an unmounted file system), it waits in the job."""
     try:
-        gone = _changed(task, source)
+        gone = _changed_for_good(task, source)
     except StateError:
         _keep(job, outcome=asdict(outcome), runs=0)
         raise
@@ -169,8 +172,10 @@ def _finish(job: Job, place: Place, task: Task, source: str, outcome: Record) ->
 class _Gone:
     """Why the weights that were queued are no longer those at the path."""
 
-    def __init__(self, status: str, message: str) -> None:
+    def __init__(self, status: str, message: str, whole: bool = True) -> None:
         self.status = status
+        # False while what lies there is half written, or half deleted.
+        self.whole = whole
         self.error = {"cause": status, "message": message}
 
 
@@ -179,6 +184,16 @@ def _is_overtaken(job: Job, task: Task) -> bool:
     connection: Connection = job.connection
     newest = connection.hget(*task.newest) if task.newest else None
     return newest is not None and newest.decode() != job.id
+
+
+def _changed_for_good(task: Task, source: str) -> _Gone | None:
+    """As ``_changed``, once what is half there is whole or gone: while a trainer deletes it, a checkpoint looks half written."""
+    deadline = time.monotonic() + HALF_THERE
+    while True:
+        gone = _changed(task, source)
+        if gone is None or gone.whole or time.monotonic() > deadline:
+            return gone
+        time.sleep(0.1)
 
 
 def _changed(task: Task, source: str) -> _Gone | None:
@@ -200,7 +215,7 @@ def _changed(task: Task, source: str) -> _Gone | None:
             return _changed(task, source)
         return _Gone("vanished", f"{printable(task.checkpoint)} was deleted before it could be evaluated")
     except CheckpointError as error:
-        return _Gone("superseded", f"it is being written again ({error})")
+        return _Gone("superseded", f"it is being written again ({error})", whole=False)
     except OSError as error:
         raise StateError(f"cannot read {printable(task.checkpoint)}: {error.strerror}") from None
     return None if now == task.identity else _Gone("superseded", "the checkpoint's weights are no longer those that were queued")

@@ -30,7 +30,8 @@ from assayer.queues import chain
 from assayer.queues.board import Board, queues_with_watches
 from assayer.queues.connect import connect
 from assayer.queues.embedded import Server
-from assayer.queues.recover import Judge, return_abandoned, return_jobs
+from assayer.queues.enqueue import open_queue
+from assayer.queues.recover import Judge, return_abandoned, return_jobs, return_taken
 from assayer.queues.stop import stop_orders
 from assayer.session import held_plans
 from assayer.worker.child import become_reaper, descendants, end_descendants
@@ -53,6 +54,8 @@ REQUEUE_MAX = 18
 KILL_AFTER = LEAVE_MAX + 1.5
 # Seconds until a worker that does not leave is told again: it may have been about to start when it was told first.
 TELL_AGAIN = 2.0
+# Seconds after which a job that was handed to a worker and not begun goes back to the queue; a worker that lives takes milliseconds.
+UNBEGUN = 3.0
 # Seconds without its foreground command after which a watch ends.
 ORPHANED = 10.0
 # Bytes of the supervisor's log past which it starts anew.
@@ -98,6 +101,7 @@ class Supervisor:
     _signalled: bool = False
     _complaint: str = ""
     _unheld: dict[str, float] = field(default_factory=dict)
+    _between: dict[tuple[str, str], float] = field(default_factory=dict)
     _told_to_requeue: float = 0.0
     _unanswered: bool = False
     _judge: Judge = field(default_factory=Judge)
@@ -260,11 +264,23 @@ class Supervisor:
         for slot_queue in sorted({slot.queue for slot in self.wanted()}) if self._judge.may_judge() else []:
             for job_id in return_abandoned(connection, slot_queue):
                 self.say(f"job {job_id[:8]} comes back: nothing was heard of its worker")
+        self._return_unbegun(connection)
         for queue in queues_with_watches(connection) if not self.stopping else []:
             if chain.ensure(connection, queue):
                 logger.info("chain of queue %s started", queue)
         connection.hset("assayer:problems", f"{os.getpid()}@{host_name()}", "; ".join(self.problems()))
         connection.expire("assayer:problems", 60)
+
+    def _return_unbegun(self, connection: Any) -> None:
+        """What the server handed to a worker in the moment of its death lies between queue and start, where nobody looks for a minute."""
+        between: dict[tuple[str, str], float] = {}
+        for name in sorted({slot.queue for slot in self.wanted()}):
+            queue = open_queue(connection, name)
+            for job_id in map(bytes.decode, connection.lrange(queue.intermediate_queue_key, 0, -1)):
+                since = between[name, job_id] = self._between.get((name, job_id), time.monotonic())
+                if time.monotonic() - since > UNBEGUN and return_taken(connection, queue.key, job_id):
+                    self.say(f"job {job_id[:8]} goes back to the queue: its worker did not begin it")
+        self._between = between
 
     def _read_orders(self) -> None:
         """What the disk says, which counts also while no Redis answers: a daemon goes on while there are plans."""

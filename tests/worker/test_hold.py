@@ -68,7 +68,8 @@ def test_of_every_layout_the_hold_is_the_same_checkpoint_without_what_only_resum
         again = found_at(Path(held.path))
         assert again.checkpoint.format == found.checkpoint.format, name
         assert identity_at(again) == held.identity == identity_at(found), name
-        assert again.checkpoint.position == found.checkpoint.position, name
+        # Tokens may be told by a state that only resumes; they are read before.
+        assert again.checkpoint.position.step == found.checkpoint.position.step, name
         assert tensors_in(Found(found.checkpoint, listing)) == tensors_in(found), name
         kept = {entry.name for entry in listing.entries}
         gone = {entry.name for entry in found.listing.entries} - kept
