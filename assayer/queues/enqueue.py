@@ -287,7 +287,7 @@ def note_of(job: Job) -> str:
     """What the watch has said of this job, as the rest of a sentence; empty when it has not."""
     connection: Connection = job.connection
     note = connection.hget(job.key, _NOTE)
-    return f"; it {note.decode(errors='replace')}" if note else ""
+    return f"; it was {note.decode(errors='replace')}" if note else ""
 
 
 def _shared_key(name: str) -> str:

@@ -16,7 +16,7 @@ from assayer.files import printable
 from assayer.plan import Baseline, Plan, PlanStore
 from assayer.queues import Connection
 from assayer.queues.enqueue import job_id, open_queue
-from assayer.record import OWN_FOLDERS, Place
+from assayer.record import OWN_FOLDERS, Place, read
 from assayer.watch.diff import Decision, decide
 from assayer.watch.ready import Seen, examine, why_not
 from assayer.watch.scan import filtered, is_temporary
@@ -58,6 +58,7 @@ class Explained:
             told.append(("identity", self.identity or "not known before it is whole"))
             if self.needs:
                 told.append(("needs", f"{self.needs['files']} files of {self.needs['of']}, {self.needs['bytes']:,} bytes"))
+        if self.format or self.held:
             told.append(("held", self.held or "no"))
         for watch in self.watches:
             told.append((f"{watch['evaluator']}", f"{watch['state']}: {watch['reason']}" if watch["reason"] else watch["state"]))
@@ -93,9 +94,9 @@ def explain(path: str, plans: list[Plan], store: PlanStore, connection: Connecti
             path, why="nothing lies there any more", held=_told_of(held), watches=[_gone(p, path, held, connection) for p in looking]
         )
     except OSError as error:
-        return Explained(path, why=f"it cannot be read: {error.strerror}")
+        return Explained(path, why=f"it cannot be read: {error.strerror}", watches=[_passing(plan) for plan in looking])
     if found is None:
-        return Explained(path, why=_why_none(path), held=_told_of(held))
+        return Explained(path, why=_why_none(path), held=_told_of(held), watches=[_passing(plan) for plan in looking])
     now = time.time()
     quiet = max((plan.quiet_period for plan in looking), default=30.0)
     seen = examine(found, None, now, True, quiet)
@@ -213,14 +214,21 @@ def _in_flight(plan: Plan, path: str, identity: str, connection: Connection | No
     return None
 
 
+def _passing(plan: Plan) -> dict[str, Any]:
+    """One watch's view of what is no checkpoint."""
+    return _said(plan, "looks here" if plan.active else "has ended", "", "nothing, as long as this is no checkpoint")
+
+
 def _gone(plan: Plan, path: str, held: Held | None, connection: Connection | None) -> dict[str, Any]:
     """One watch's view of a checkpoint that is not there any more."""
     if held:
         told = _in_flight(plan, path, held.identity, connection)
         return told or _said(plan, "deleted", "a second name of it is held", "the next look queues it, unless it has a record")
     place = _place(plan, path)
-    if place.record.exists():
-        return _said(plan, "deleted", f"its record is {place.record}", "nothing")
+    record = read(place.record)
+    if record:
+        said = f": {record.error['message']}" if record.error else ""
+        return _said(plan, f"recorded as {record.status}", f"{place.record}, {record.ended}{said}", "nothing until it is there again")
     return _said(plan, "deleted", "no record", "nothing")
 
 

@@ -130,16 +130,14 @@ def _protect_folder(
         elif seen.gone:
             continue
         elif state.refused:
-            state.notes[path] = "is not protected from deletion: hard links cannot be made here"
+            state.notes[path] = "not protected from deletion: hard links cannot be made here"
         elif bounds.count == 0:
-            state.notes[path] = "is not protected from deletion (--hold 0)"
+            state.notes[path] = "not protected from deletion (--hold 0)"
         elif scarce:
-            state.notes[path] = (
-                f"is not protected from deletion: less than {bounds.min_free:.0%} of its file system is free (--hold_min_free)"
-            )
+            state.notes[path] = f"not protected from deletion: less than {bounds.min_free:.0%} of its file system is free (--hold_min_free)"
         elif key not in kept:
             limit = f"--hold {bounds.count}" if bounds.nbytes is None or len(kept) >= bounds.count else f"--hold_bytes {bounds.nbytes}"
-            state.notes[path] = f"is not protected from deletion: newer ones are ({limit})"
+            state.notes[path] = f"not protected from deletion: newer ones are held ({limit})"
         else:
             _take(seen, folder, plan, state)
 
@@ -153,7 +151,7 @@ def _take(seen: Seen, folder: Path, plan: Plan, state: Protection) -> None:
     except OSError as error:
         if hold.is_refusal(error):
             state.refused = f"hard links cannot be made in {printable(os.path.dirname(path))} ({error.strerror}): what waits is not held"
-        state.notes[path] = f"is not protected from deletion: a hard link cannot be made ({error.strerror})"
+        state.notes[path] = f"not protected from deletion: a hard link cannot be made ({error.strerror})"
 
 
 def _bounds(plans: Iterable[Plan]) -> Bounds:
