@@ -55,23 +55,26 @@ class Companions:
             write_whole(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def companions(checkpoint: Checkpoint, hf_config: str | None, tokenizer: str | None) -> Companions:
+def companions(checkpoint: Checkpoint, hf_config: str | None, tokenizer: str | None, original: str | None = None) -> Companions:
     """What is found in the checkpoint or beside it, under what was given.
 
     Args:
         checkpoint: whose directory, then the run's own, is looked through.
+        original: the checkpoint's own path, where that of ``checkpoint`` is a second name: beside it lies the run.
         hf_config: a directory, or a config file.
         tokenizer: a directory.
 
     Raises:
         UsageError: what was given is not there, or no config.
     """
-    places = list(_places(Path(checkpoint.path)))
+    path, own = Path(checkpoint.path), Path(original or checkpoint.path)
     # What lies in a checkpoint may have come from anywhere: its links are followed no further than the run.
-    run = os.path.realpath(Path(checkpoint.path).parent)
+    roots = {os.path.realpath(path.parent), os.path.realpath(own.parent)}
     files: dict[str, Path] = {}
-    for place in reversed(places):
-        files |= {name: path for name, path in _found(place).items() if Path(os.path.realpath(path)).is_relative_to(run)}
+    for place in reversed(list(_places(path, own))):
+        for name, found_path in _found(place).items():
+            if any(Path(os.path.realpath(found_path)).is_relative_to(root) for root in roots):
+                files[name] = found_path
     if hf_config is not None:
         given = Path(hf_config)
         if given.is_dir():
@@ -90,12 +93,12 @@ def companions(checkpoint: Checkpoint, hf_config: str | None, tokenizer: str | N
     return Companions(files, _config(files.get(CONFIG), UsageError if hf_config is not None else UnreadableError))
 
 
-def _places(path: Path) -> Iterator[Path]:
-    folder = path if path.is_dir() else path.parent
+def _places(path: Path, own: Path) -> Iterator[Path]:
+    folder = path if path.is_dir() else own.parent
     for inside in _INSIDE:
         yield folder / inside
     if path.is_dir():
-        yield folder.parent
+        yield own.parent
 
 
 def _found(folder: Path) -> dict[str, Path]:

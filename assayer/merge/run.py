@@ -37,7 +37,8 @@ class Options:
     """How a checkpoint is merged; the defaults are the command's.
 
     ``checkpoint_type`` is ``regular`` or ``ema``; ``dtype`` ``keep`` or the one that floating-point tensors are cast to; ``threads`` 0
-    stands for the processors there are, eight at most; ``hf_config``, ``tokenizer`` and ``key_map`` are paths, or a built-in map's name.
+    stands for the processors there are, eight at most; ``hf_config``, ``tokenizer`` and ``key_map`` are paths, or a built-in map's name;
+    ``original`` is the checkpoint's own path, where it is merged from a second name.
     """
 
     checkpoint_type: str = "regular"
@@ -50,6 +51,7 @@ class Options:
     threads: int = 0
     check_model: bool = False
     reader: str = "assayer"
+    original: str | None = None
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def prepare(found: Found, options: Options, holder: Found | None = None, variant
     notes = []
     if options.key_map is not None and {target.name for target in wanted} == {tensor.name for tensor in tensors}:
         notes.append(f"the key map {printable(options.key_map)} changed no name")
-    around = companions(found.checkpoint, options.hf_config, options.tokenizer)
+    around = companions(found.checkpoint, options.hf_config, options.tokenizer, options.original)
     if around.config is None:
         unchecked = ", and they were not compared with a model" if options.check_model else ""
         notes.append(f"no config.json was found: the output holds weights alone{unchecked} (give one with --hf_config)")

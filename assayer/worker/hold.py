@@ -10,8 +10,10 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -40,6 +42,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _FACTS = "hold.json"
+# Of what no format knows, how deep it is looked for, and what by its name only resumes a training.
+_DEPTH_MAX = 3
+_RESUMING = re.compile(
+    r"(bf16_)?(zero_pp_rank|optim|sched|lr_sched|scaler|sampler|rng|random_states|global_step|dataloader|extra_state)", re.IGNORECASE
+)
 # A symbolic link, because it is made with its content in one step.
 _CLAIM, _READ, _DROPPED = "claim", "evaluation", "watch"
 # What a file system, or its rules, answer where a hard link cannot be made at all.
@@ -112,6 +119,8 @@ def take(found: Found, identity: str, signature: str, variants: Sequence[str], r
             second = target / name if listing.is_directory else target
             second.parent.mkdir(parents=True, exist_ok=True)
             os.link(listing.file(name), second, follow_symlinks=False)
+        if listing.is_directory:
+            _add_the_rest(Path(listing.path), target, form.FOLDERS)
         if list_path(found.checkpoint.path, form.FOLDERS).signature() != signature:
             return None
         write_json(part / _FACTS, asdict(held) | {"folder": None})
@@ -127,6 +136,27 @@ def take(found: Found, identity: str, signature: str, variants: Sequence[str], r
         shutil.rmtree(part, ignore_errors=True)
         _tidy(root)
     return _read(held.folder)
+
+
+def _add_the_rest(source: Path, target: Path, folders: str) -> None:
+    """Gives second names to what an evaluation may look for beside the weights: links, and folders that are no part of the format.
+
+    A link to a tokenizer, a folder of a processor: what loads from the checkpoint loads from its hold, too.
+    """
+    for folder, below, names in os.walk(source):
+        inside = Path(folder).relative_to(source)
+        depth = len(inside.parts)
+        below[:] = [
+            name for name in below if depth < _DEPTH_MAX and not _RESUMING.match(name) and not (depth == 0 and re.fullmatch(folders, name))
+        ]
+        for name in [*names, *below]:
+            second, first = target / inside / name, Path(folder, name)
+            if first.is_symlink() and first.exists():
+                second.parent.mkdir(parents=True, exist_ok=True)
+                os.symlink(os.path.realpath(first), second)
+            elif depth and name in names and not _RESUMING.match(name) and stat.S_ISREG(first.lstat().st_mode):
+                second.parent.mkdir(parents=True, exist_ok=True)
+                os.link(first, second, follow_symlinks=False)
 
 
 def is_refusal(error: OSError) -> bool:

@@ -77,6 +77,7 @@ def _in_child(task: Task, source: str, scratch: Scratch, path: Path) -> dict[str
         tokenizer=how.tokenizer,
         key_map=how.key_map,
         check_model=can_check,
+        original=task.checkpoint,
     )
     wanted = 0
 

@@ -82,6 +82,23 @@ def test_of_every_layout_the_hold_is_the_same_checkpoint_without_what_only_resum
     assert left_out or group == SINGLE
 
 
+def test_what_a_model_is_loaded_with_is_held_too(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "run" / "checkpoint-5"
+    (path / "processor").mkdir(parents=True)
+    (path / "global_step5").mkdir()
+    save_file({"w": torch.zeros(2)}, path / "model.safetensors")
+    for name in ("config.json", "trainer_state.json", "processor/preprocessor_config.json", "optimizer.pt", "global_step5/mp_rank.pt"):
+        (path / name).write_text("{}")
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")
+    os.symlink("../tokenizer.json", path / "tokenizer.json")
+    os.symlink("/no/such/file", path / "dangling")
+    held = Path(take(path).path)
+    found = sorted(str(one.relative_to(held)) for one in held.rglob("*") if one.is_file())
+    assert found == ["config.json", "model.safetensors", "processor/preprocessor_config.json", "tokenizer.json", "trainer_state.json"]
+
+
 def test_a_hold_outlives_the_trainers_deletion_and_costs_no_bytes_before(tmp_path: Path) -> None:
     path = save(tmp_path / "run" / "m_step1.pt")
     held = take(path)

@@ -87,6 +87,16 @@ def test_an_evaluator_of_a_sharded_checkpoint_gets_a_merged_directory(house: Hou
     assert scratch(house) == []
 
 
+def test_the_config_of_the_run_is_found_though_the_checkpoint_is_merged_from_its_hold(house: House, evaluator: str) -> None:
+    save_sharded(house.runs / "step_100", 2.0)
+    (house.runs / "config.json").write_text('{"model_type": "none-such"}')
+    house.once(evaluator=f"{evaluator}:merged")
+    record = house.record("step_100", "merged")
+    assert record
+    assert record["metrics"]["files"] == 2, "the weights and the config"
+    assert not any("no config.json" in note for note in record["notes"])
+
+
 def test_a_checkpoint_that_needs_no_merge_is_handed_over_as_it_lies(house: House) -> None:
     house.save("model_step1.pt")
     house.once()
