@@ -23,6 +23,7 @@ from assayer.queues.embedded import Server, other_hosts
 from assayer.queues.enqueue import open_queue
 from assayer.queues.recover import is_dead, is_ours, our_workers, remove_waiting, return_jobs
 from assayer.queues.stop import order_to_stop
+from assayer.worker import hold
 from assayer.worker.launch import Crew
 from assayer.worker.scratch import Scratch
 from assayer.worker.supervise import retire_redis
@@ -77,9 +78,11 @@ def main(
         return
     _end_watches(where, _plans(where))
     chain.break_off(connection, watch_queue_name)
+    taken = []
     for name in (watch_queue_name, eval_queue_name):
-        count = remove_waiting(open_queue(connection, name))
-        _say(f"queue {name}: took {_count(count, 'waiting job')} out")
+        waited = remove_waiting(open_queue(connection, name))
+        _say(f"queue {name}: took {_count(len(waited), 'waiting job')} out")
+        taken += waited
     try:
         _stop_workers(where, now)
     except BaseException:
@@ -90,7 +93,8 @@ def main(
         return
     # What a worker that was ended at once had in its hands went back to the queue.
     with contextlib.suppress(redis.RedisError):
-        remove_waiting(open_queue(connection, eval_queue_name))
+        taken += remove_waiting(open_queue(connection, eval_queue_name))
+    _let_go(taken, all_ended=True)
     _stop_redis(where)
 
 
@@ -133,7 +137,9 @@ def _end_some(where: _Where, directories: tuple[str, ...], now: bool) -> None:
         return job.id in seen or any((folder, job.kwargs["evaluator"]["name"]) in names for folder in above)
 
     queue = open_queue(where.connection, where.eval_queue)
-    _say(f"queue {where.eval_queue}: took {_count(remove_waiting(queue, belongs), 'waiting job')} out")
+    taken = remove_waiting(queue, belongs)
+    _say(f"queue {where.eval_queue}: took {_count(len(taken), 'waiting job')} out")
+    _let_go(taken, all_ended=False)
     for job_id in queue.started_job_registry.get_job_ids(cleanup=False) if now else []:
         job = Job.fetch(job_id, connection=where.connection, serializer=JSONSerializer)
         if is_ours(job) and belongs(job):
@@ -202,6 +208,18 @@ def _sweep_scratch(state: Path) -> None:
     for folder in {None, *(plan.merging.scratch_dir for plan in PlanStore(state).all() if plan.host == host_name())}:
         with contextlib.suppress(StateError, OSError):
             Scratch(folder, None, lambda key: False).sweep()
+
+
+def _let_go(taken: list[Job], all_ended: bool) -> None:
+    """Releases the holds of what waited, but for those that are all that is left of a checkpoint: these the next watch evaluates."""
+    for job in taken:
+        facts = job.kwargs or {}
+        held = hold.find(facts["checkpoint"], facts["identity"], facts["results_dir"]) if "checkpoint" in facts else None
+        if held and os.path.lexists(held.checkpoint.path):
+            # Another watch's evaluation may read it, unless all workers have ended.
+            (hold.release if all_ended else hold.drop)(held)
+        elif held:
+            _say(f"{held.checkpoint.path} was deleted by its trainer and is kept for the next watch: {held.path}")
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -133,3 +133,22 @@ def test_explain_tells_each_station_of_a_checkpoint(house: House) -> None:
     text = house.command("status", "--explain", house.runs / "m_step2.pt").stdout
     assert "next: nothing until it is saved again" in text
     house.shutdown()
+
+
+def test_a_shutdown_lets_go_of_what_waits_but_for_what_is_left_nowhere_else(house: House) -> None:
+    watched(house)
+    first = house.save("m_step0.pt", 0)
+    until(Path(f"{first}.begun").exists)
+    house.save("m_step1.pt", 1)
+    taken = house.save("m_step2.pt", 2)
+    until(lambda: sum(state == "queued" for state in states(house).values()) == 2)
+    taken.unlink()
+    said = house.shutdown("--now").stdout
+    assert f"{taken} was deleted by its trainer and is kept for the next watch" in said
+    assert len(list((house.runs / "evals" / ".hold").iterdir())) == 1
+    (house.runs / "go").touch()
+    watched(house)
+    until(lambda: len(house.records()) == 3)
+    assert recorded(house)["m_step2.pt.json"] == ("finished", 2.0)
+    until(lambda: not (house.runs / "evals" / ".hold").exists())
+    house.shutdown()

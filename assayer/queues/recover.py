@@ -225,22 +225,22 @@ def is_gone(pid: int) -> bool:
     return False
 
 
-def remove_waiting(queue: Queue, only: Callable[[Job], bool] | None = None) -> int:
-    """Takes our own waiting jobs out of a queue (queued, scheduled, failed) and returns how many waited; others' stay.
+def remove_waiting(queue: Queue, only: Callable[[Job], bool] | None = None) -> list[Job]:
+    """Takes our own waiting jobs out of a queue (queued, scheduled) and returns them; others' stay.
 
     Args:
         queue: the queue.
         only: which of ours to take; None for all of them.
     """
-    count = 0
+    taken = []
     ids = [*queue.get_job_ids(), *queue.scheduled_job_registry.get_job_ids(cleanup=False)]
     for job_id in dict.fromkeys(ids):
         with contextlib.suppress(NoSuchJobError):
             job = Job.fetch(job_id, connection=queue.connection, serializer=JSONSerializer)
             if is_ours(job) and (only is None or only(job)):
                 job.delete()
-                count += 1
-    return count
+                taken.append(job)
+    return taken
 
 
 def is_ours(job: Job) -> bool:

@@ -50,10 +50,10 @@ def test_only_our_own_waiting_jobs_are_taken_out(connection: Connection) -> None
     foreign = Queue("evaluation", connection=connection).enqueue("math.sqrt", 4)
     connection.lpush("rq:queue:evaluation", "no-such-job")
     assert not is_ours(foreign)
-    assert remove_waiting(ours, only=lambda job: job.id == task().id) == 1
-    assert remove_waiting(ours) == 1
+    assert len(remove_waiting(ours, only=lambda job: job.id == task().id)) == 1
+    assert len(remove_waiting(ours)) == 1
     assert set(connection.lrange("rq:queue:evaluation", 0, -1)) == {b"no-such-job", foreign.id.encode()}
-    assert remove_waiting(ours) == 0
+    assert len(remove_waiting(ours)) == 0
 
 
 def test_another_users_worker_on_our_queue_is_not_ours(connection: Connection) -> None:
