@@ -170,7 +170,10 @@ def find(checkpoint: str, identity: str, results_dir: str | None = None) -> Held
 
 
 def held_in(root: Path) -> list[Held]:
-    """Everything that is held in a ``.hold`` folder; what a killed process left half made there is removed."""
+    """Everything that is held in a ``.hold`` folder; what a killed process left half made there is removed.
+
+    A hold that cannot be read stays: it may be another version's, another user's, or of a watch that knows this folder by another path.
+    """
     found = []
     try:
         folders = sorted(root.iterdir())
@@ -180,7 +183,7 @@ def held_in(root: Path) -> list[Held]:
         held = None if folder.name.startswith(".") else _read(folder)
         if held:
             found.append(held)
-        elif not folder.name.startswith(".") or _is_old(folder):
+        elif folder.name.startswith(".") and _is_old(folder):
             shutil.rmtree(folder, ignore_errors=True)
     if not found:
         _tidy(root)
@@ -247,8 +250,8 @@ def chosen(waiting: Sequence[tuple[str, int]], claimed: Iterable[tuple[str, int]
 
 
 def _read(folder: Path) -> Held | None:
-    facts = read_json(folder / _FACTS)
     try:
+        facts = read_json(folder / _FACTS)
         checkpoint = facts["checkpoint"]
         known = Checkpoint(str(checkpoint["path"]), str(checkpoint["format"]), Position(**checkpoint["position"]))
         # A hold speaks for checkpoints of its own directory alone.

@@ -152,7 +152,6 @@ def test_a_hold_speaks_for_its_own_directory_alone(tmp_path: Path) -> None:
     facts = (held.folder / "hold.json").read_text()
     (held.folder / "hold.json").write_text(facts.replace("run/m_step1.pt", "elsewhere/m_step1.pt"))
     assert hold.held_in(held.folder.parent) == []
-    assert not held.folder.exists(), "what is no hold is removed"
 
 
 def test_a_hold_of_another_results_directory_lies_there(tmp_path: Path) -> None:
@@ -185,3 +184,22 @@ def test_a_held_name_shows_what_is_written_in_place_and_its_identity_tells(tmp_p
     save(path, 2.0)
     listing = list_path(held.path)
     assert identity(listing, [listing.name]) != held.identity
+
+
+def test_a_hold_that_was_made_by_another_path_of_the_folder_is_left_to_its_maker(tmp_path: Path) -> None:
+    """As by a watch of a symbolic link, or on a host that mounts the directory elsewhere."""
+    path = save(tmp_path / "real" / "m_step1.pt")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    held = take(tmp_path / "link" / path.name)
+    assert hold.claim(held)
+    assert hold.held_in(tmp_path / "real" / "evals" / ".hold") == []
+    assert os.path.exists(held.path), "its evaluation reads it"
+    assert [one.key for one in hold.held_in(tmp_path / "link" / "evals" / ".hold")] == [held.key]
+
+
+def test_a_hold_that_cannot_be_read_hinders_no_look(tmp_path: Path) -> None:
+    held = take(save(tmp_path / "run" / "m_step1.pt"))
+    (held.folder / "hold.json").unlink()
+    (held.folder / "hold.json").symlink_to("hold.json")
+    assert hold.held_in(held.folder.parent) == []
+    assert os.path.exists(held.path)
