@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -156,7 +157,7 @@ def look(
         seen, problems, missing = see(plan, memory, now, terms)
     _find_holds(plan, memory, is_anew)
     held = memory.protection.held(plan) if neighbours else []
-    seen += _held_only(plan, seen, held, now)
+    seen += _held_only(plan, memory, seen, held, now)
     decisions = decide(today, baseline, seen, lambda s: _record(today, s), now, last)
     if neighbours:
         protect(plan, decisions, held, memory.protection, _record, neighbours, now)
@@ -174,16 +175,27 @@ def _settle(plan: Plan, memory: Memory, decision: Decision) -> None:
             survey.settle(decision.seen, folder)
 
 
-def _held_only(plan: Plan, seen: list[Seen], held: list[Held], now: float) -> list[Seen]:
+def _held_only(plan: Plan, memory: Memory, seen: list[Seen], held: list[Held], now: float) -> list[Seen]:
     """What is held of checkpoints that retention has taken, or that were saved again, since."""
     known = {hold_key(s.checkpoint.path, s.identity) for s in seen if s.identity}
     found = []
     for one in held:
-        if one.key not in known:
+        # What is held for another watch may be none of this one's.
+        if one.key not in known and _is_meant(plan, memory, one.checkpoint.path):
             again = as_seen(one, now)
             if again:
                 found.append(again)
     return found
+
+
+def _is_meant(plan: Plan, memory: Memory, path: str) -> bool:
+    """True for a path that a look at this plan's directories would take up, were it still there."""
+    for directory in memory.surveys:
+        below = os.path.relpath(path, directory)
+        depth = 0 if below == "." else below.count(os.sep) + 1
+        if below != ".." and not below.startswith(f"..{os.sep}") and depth <= plan.max_depth:
+            return plan.regex_filter is None or re.search(plan.regex_filter, below) is not None
+    return False
 
 
 def _find_holds(plan: Plan, memory: Memory, is_anew: bool) -> None:
@@ -193,6 +205,7 @@ def _find_holds(plan: Plan, memory: Memory, is_anew: bool) -> None:
         folders |= survey.hold_folders
         survey.hold_folders = set()
         if is_anew:
+            folders |= {hold_folder(Path(directory))}
             folders |= {hold_folder(Path(directory, name)) for name in ("checkpoint_0", "step-0")}
     if is_anew and plan.results_dir is not None:
         folders |= set(Path(plan.results_dir).glob("*/.hold"))

@@ -46,7 +46,8 @@ class Protection:
         found = []
         above = os.path.join(plan.root, "")
         for folder in list(self.folders):
-            inside = [held for held in hold.held_in(folder) if held.checkpoint.path.startswith(above)]
+            # The watched directory may be a checkpoint itself.
+            inside = [held for held in hold.held_in(folder) if os.path.join(held.checkpoint.path, "").startswith(above)]
             found += inside
             if not inside:
                 self.folders.discard(folder)

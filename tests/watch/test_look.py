@@ -15,6 +15,7 @@ from assayer.record import Place, Record
 from assayer.refs import Reference
 from assayer.watch.diff import baseline_of
 from assayer.watch.look import Lookout, Memory, in_thread, look, see
+from assayer.watch.protect import Neighbours
 
 NOW = 2_000_000_000.0
 NOTHING = Baseline()
@@ -239,3 +240,35 @@ def test_a_function_that_hangs_is_left_to_itself() -> None:
     assert in_thread(stop.wait, 0.05) is None
     assert in_thread(lambda: 7, 5) == 7
     stop.set()
+
+
+def test_what_is_held_for_another_watch_is_none_of_one_that_looks_elsewhere(tmp_path: Path) -> None:
+    for name in ("a/m_step1.pt", "b/m_step2.pt", "m_step3.pt"):
+        save(tmp_path / name)
+    look(plan(tmp_path, hold_min_free=0.0), NOTHING, Memory(), NOW, NOW, neighbours=Neighbours())
+    assert len(list(tmp_path.glob("**/.hold/*/*.pt"))) == 3
+
+    def told(p: Plan) -> set[str]:
+        memory = Memory()
+        for _ in range(2):
+            seen = look(p, NOTHING, memory, NOW, NOW, neighbours=Neighbours(lambda path: [], lambda job_ids: True))
+        return {d.seen.checkpoint.name for d in seen.decisions}
+
+    assert told(plan(tmp_path, regex_filter="^a/")) == {"m_step1.pt"}
+    assert told(plan(tmp_path, max_depth=1)) == {"m_step3.pt"}
+    assert told(plan(tmp_path / "b*", is_pattern=True)) == {"m_step2.pt"}
+    (tmp_path / "a" / "m_step1.pt").unlink()
+    assert told(plan(tmp_path, regex_filter="^a/")) == {"m_step1.pt"}, "what it asks for is evaluated from its hold"
+
+
+def test_a_watched_directory_that_is_a_checkpoint_itself_keeps_its_earlier_save(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-5"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    p, memory = plan(path, hold_min_free=0.0, quiet_period=0.0), Memory()
+    for value in (1.0, 2.0):
+        save_file({"w": torch.full((4,), value)}, path / "new")
+        os.replace(path / "new", path / "model.safetensors")
+        seen = look(p, NOTHING, memory, NOW, NOW + 100 * value, neighbours=Neighbours()).decisions
+    assert [d.state for d in seen] == ["due", "due"]
+    assert len(look(p, NOTHING, Memory(), NOW, NOW + 300, neighbours=Neighbours()).decisions) == 2, "a new process finds it, too"
