@@ -71,12 +71,17 @@ def _alone(task: Task) -> Iterator[None]:
 
 def _put_away(job: Job, task: Task) -> None:
     """Releases the hold, and the merge, unless another evaluation needs them."""
-    held = hold.find(task.checkpoint, task.identity, task.results_dir)
+    held = _hold_of(task)
     if not is_wanted(job.connection, task.hold_id, done=job.id) and held:
         hold.release(held)
     if task.merges:
         is_wanted(job.connection, task.merge_id, done=job.id)
         scratch_of(job, task).release(task.merge_id)
+
+
+def _hold_of(task: Task) -> hold.Held | None:
+    """The hold of these weights: this watch's, or where its results lie elsewhere, what another one holds beside the checkpoint."""
+    return hold.find(task.checkpoint, task.identity, task.results_dir) or hold.find(task.checkpoint, task.identity)
 
 
 def _evaluate(job: Job, task: Task) -> Any:
@@ -85,7 +90,7 @@ def _evaluate(job: Job, task: Task) -> Any:
     if present and present.settles and present.ended_at >= task.not_before:
         return present.glance()
     _make_folder(place)
-    held = hold.find(task.checkpoint, task.identity, task.results_dir)
+    held = _hold_of(task)
     source = held.path if held and hold.claim(held) else task.checkpoint
     kept = Record(**job.meta.pop("outcome")) if "outcome" in job.meta else None
     if kept and kept.ended_at >= task.not_before:
@@ -203,6 +208,9 @@ def _changed(task: Task, source: str) -> _Gone | None:
         raise StateError(f"this worker's assayer knows no checkpoint format {task.format!r}; install the version that the watch runs")
     try:
         listing = list_path(source, form.FOLDERS)
+        if not form.claims(listing):
+            # What is left of its directory, such as files that a network file system keeps until their last reader is gone.
+            return _Gone("vanished", f"the files of {printable(task.checkpoint)} were deleted before it could be evaluated")
         missing = form.missing(listing)
         if missing:
             raise CheckpointError(f"{printable(task.checkpoint)}: {missing}")

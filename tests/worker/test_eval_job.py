@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from assayer.plan import Evaluator
 from assayer.queues import Connection
 from assayer.queues.enqueue import LOST_MAX, Task, enqueue, open_queue
 from assayer.record import Place
+from assayer.worker import hold
 
 SOURCE = """
 import os, sys, time, math
@@ -293,3 +295,42 @@ def test_a_killed_work_horse_costs_no_attempt(bench: Bench) -> None:
     assert record
     assert (record.status, record.attempts) == ("finished", 1)
     assert len(noted.read_text().split()) == 2
+
+
+def test_of_a_directory_that_was_emptied_and_not_removed_the_checkpoint_has_vanished(bench: Bench, tmp_path: Path) -> None:
+    """As a network file system leaves it, while a reader has a file open; ``superseded`` would be asked after for ever."""
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path / "checkpoint-5"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    save_file({"w": torch.zeros(4)}, path / "model.safetensors")
+    found = formats.identify_path(str(path))
+    assert found
+    weights = identity(found.listing, ["model.safetensors"])
+    task = replace(bench.task("good"), checkpoint=str(path), format=found.checkpoint.format, identity=weights)
+    enqueue(bench.queue, task, {})
+    for file in path.iterdir():
+        file.unlink()
+    (path / ".nfs0001").touch()
+    bench.work()
+    record = Place.of(str(path), "good").find(weights)
+    assert record
+    assert record.status == "vanished"
+
+
+def test_what_another_watch_holds_beside_the_checkpoint_is_evaluated_also_where_results_go_elsewhere(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    task = replace(bench.task("good"), results_dir=str(tmp_path / "results"))
+    found = formats.identify_path(task.checkpoint)
+    assert found
+    held = hold.take(found, task.identity, found.listing.signature(), ("regular",))
+    assert held
+    bench.checkpoint.unlink()
+    enqueue(bench.queue, task, {})
+    bench.work()
+    record = Place.of(task.checkpoint, "good", task.results_dir).find(task.identity)
+    assert record
+    assert record.status == "finished"
+    assert not held.folder.exists(), "and let go when nobody needs it any more"
