@@ -47,12 +47,13 @@ class Memory:
     @property
     def cost(self) -> float:
         """Seconds that it takes to list everything."""
-        return sum(survey.cost for survey in self.surveys.values())
+        # A copy: a look may be adding directories in its own thread.
+        return sum(survey.cost for survey in list(self.surveys.values()))
 
     @property
     def count(self) -> int:
         """How many checkpoints have been looked into and are not settled."""
-        return sum(len(survey.seen) for survey in self.surveys.values())
+        return sum(len(survey.seen) for survey in list(self.surveys.values()))
 
     @property
     def last(self) -> str | None:
