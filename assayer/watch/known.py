@@ -5,7 +5,7 @@ import os
 from assayer.plan import Baseline, Plan
 from assayer.queues import Connection
 from assayer.queues.board import Board
-from assayer.queues.enqueue import is_in_flight, statuses
+from assayer.queues.enqueue import is_wanted
 from assayer.watch.protect import Neighbours
 
 __all__ = ["Known"]
@@ -51,4 +51,4 @@ class Known:
                     return found
                 folder = os.path.dirname(folder)
 
-        return Neighbours(of, lambda job_ids: any(map(is_in_flight, statuses(connection, job_ids).values())))
+        return Neighbours(of, lambda key: is_wanted(connection, key))

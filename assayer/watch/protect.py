@@ -9,7 +9,6 @@ from pathlib import Path
 from assayer.checkpoint import Found
 from assayer.files import printable
 from assayer.plan import Baseline, Plan
-from assayer.queues.enqueue import job_id
 from assayer.record import Record, hold_folder, hold_key
 from assayer.watch.diff import Decision, decide
 from assayer.watch.ready import Seen
@@ -23,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What the other watches of this Redis make of a checkpoint: the plans, with their baselines, that its path belongs to, and which of
-    these job ids are in flight."""
+    """What others make of a checkpoint: the plans of this watch queue, with their baselines, that its path belongs to, and whether a job
+    waits or runs on this Redis, whoever queued it, that needs this hold (its key)."""
 
     plans: Callable[[str], list[tuple[Plan, Baseline]]] = lambda path: []
-    in_flight: Callable[[list[str]], bool] = lambda job_ids: False
+    in_flight: Callable[[str], bool] = lambda key: False
 
 
 @dataclass
@@ -96,8 +95,7 @@ def _is_wanted(plan: Plan, held: Held, record_of: Callable[[Plan, Seen], Record 
     if seen is None:
         return False
     plans = neighbours.plans(held.checkpoint.path)
-    jobs = [job_id(held.checkpoint.path, held.identity, p.evaluator.name, p.weights) for p, _ in [*plans, (plan, None)]]
-    if neighbours.in_flight(jobs):
+    if neighbours.in_flight(held.key):
         return True
     others = [(other, baseline) for other, baseline in plans if other.id != plan.id]
     return any(

@@ -251,7 +251,7 @@ def test_what_is_held_for_another_watch_is_none_of_one_that_looks_elsewhere(tmp_
     def told(p: Plan) -> set[str]:
         memory = Memory()
         for _ in range(2):
-            seen = look(p, NOTHING, memory, NOW, NOW, neighbours=Neighbours(lambda path: [], lambda job_ids: True))
+            seen = look(p, NOTHING, memory, NOW, NOW, neighbours=Neighbours(lambda path: [], lambda key: True))
         return {d.seen.checkpoint.name for d in seen.decisions}
 
     assert told(plan(tmp_path, regex_filter="^a/")) == {"m_step1.pt"}

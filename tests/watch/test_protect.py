@@ -10,7 +10,11 @@ import torch
 from samples import plan as any_plan
 
 from assayer.plan import Baseline, Evaluator, Plan
+from assayer.queues import Connection
+from assayer.queues.enqueue import Task, enqueue, open_queue
 from assayer.record import Place, Record
+from assayer.refs import Reference
+from assayer.watch.known import Known
 from assayer.watch.look import Look, Memory, look
 from assayer.watch.protect import Neighbours
 from assayer.worker import hold
@@ -148,7 +152,7 @@ def test_what_no_watch_wants_and_no_job_needs_is_swept(tmp_path: Path) -> None:
     save(tmp_path / "m_step1.pt")
     tick(plan(tmp_path), Memory())
     other = plan(tmp_path, every=2)
-    in_flight = Neighbours(in_flight=lambda job_ids: True)
+    in_flight = Neighbours(in_flight=lambda key: True)
     tick(other, Memory(), in_flight)
     assert held(tmp_path) == {"m_step1.pt"}, "a job that was queued earlier needs it"
     tick(other, Memory())
@@ -168,3 +172,13 @@ def test_another_watch_of_the_directory_keeps_what_it_has_not_evaluated(tmp_path
     evaluated(other, path, identity)
     tick(other, Memory(), both)
     assert held(tmp_path) == set()
+
+
+def test_a_hold_is_wanted_while_a_job_waits_for_it_that_no_known_watch_has_queued(connection: Connection) -> None:
+    """Of a watch on another watch queue, say, or one that has ended."""
+    task = Task("/runs/m_step1.pt", "single_file", 1, None, None, "a" * 32, Evaluator("e", Reference("/e.py", "e", "/")), None, 9, 0)
+    neighbours = Known().neighbours(connection)
+    assert not neighbours.in_flight(task.hold_id)
+    enqueue(open_queue(connection, "evaluation"), task, {})
+    assert neighbours.in_flight(task.hold_id)
+    assert neighbours.plans(task.checkpoint) == []
