@@ -28,7 +28,7 @@ METRICS_SHOWN = 50
 OWN_FOLDERS = frozenset({"evals", "merged"})
 
 # Folders in which a trainer takes every entry for a checkpoint, and what it calls those.
-_COUNTED = (("checkpoints", r"checkpoint_\d+"), ("checkpoint", r"step-\d+"))
+_COUNTED = (("checkpoints", r"checkpoint_\d+|.*\.ckpt|.*--.*=.*"), ("checkpoint", r"step-\d+"))
 
 # Bytes kept free after a checkpoint's name for "@<8 digits>.json.tmp-<random>".
 _ROOM = 40
@@ -130,8 +130,8 @@ def run_folder(checkpoint: Path) -> Path:
     """The folder beside whose checkpoints ours may stand.
 
     accelerate counts whatever lies in ``checkpoints/`` as checkpoints and stops training over a name without a digit
-    (accelerator.py, save_state), and so do earlier versions of torchtitan in ``checkpoint/`` (checkpoint.py, 0.1.0): there the folder is
-    one level higher.
+    (accelerator.py, save_state), and so do earlier versions of torchtitan in ``checkpoint/`` (checkpoint.py, 0.1.0); NeMo looks through all
+    of its ``checkpoints/`` for the last one (exp_manager.py), which Lightning's loggers call so, too. There the folder is one level higher.
     """
     run = checkpoint.parent
     is_counted = any(run.name == folder and re.fullmatch(name, checkpoint.name) for folder, name in _COUNTED)

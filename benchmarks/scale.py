@@ -131,7 +131,9 @@ def settle(connection: Connection, count: int, seconds: float = 600) -> None:
         time.sleep(0.5)
 
 
-def latencies(connection: Connection, save: Callable[[int], tuple[Path, float]], count: int, over: float) -> list[float]:
+def latencies(
+    connection: Connection, save: Callable[[int], tuple[Path, float]], count: int, over: float, patience: float = 60
+) -> list[float]:
     """Seconds from "whole" to "queued" of files that appear at random moments within ``over`` seconds."""
     chance = random.Random(0)
     whole: dict[str, float] = {}
@@ -142,7 +144,7 @@ def latencies(connection: Connection, save: Callable[[int], tuple[Path, float]],
         path, when = save(i)
         whole[str(path)] = when
     found: dict[str, float] = {}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience
     while len(found) < count and time.monotonic() < deadline:
         for job in queued(connection):
             name = str(job.kwargs["checkpoint"])
@@ -259,7 +261,7 @@ def side_by_side(bench: Bench, count: int, saves: int) -> None:
     queue = Queue("sleepers", connection=connection, serializer=JSONSerializer)
     sys.modules.setdefault("scale", sys.modules["__main__"])
     for run in sleeping:
-        arguments = [str(run), sorted(os.listdir(run)), INTERVAL, time.time() + 2 * over]
+        arguments = [str(run), sorted(os.listdir(run)), INTERVAL, time.time() + 3 * over]
         queue.enqueue("scale.sleeper", *arguments, job_timeout=3600)
     worker = os.fork()
     if worker == 0:
@@ -274,7 +276,7 @@ def side_by_side(bench: Bench, count: int, saves: int) -> None:
             path = chance.choice(runs) / f"model_step{1000 + i}.pt"
             return path, bench.save(path, i + 1.0)
 
-        delays[label] = latencies(bench.connection(), save, saves, over)
+        delays[label] = latencies(bench.connection(), save, saves, over, patience=2 * count * INTERVAL)
 
     threads = [threading.Thread(target=measure, args=pair) for pair in (("jobs that sleep", sleeping), ("assayer", ours))]
     for thread in threads:

@@ -50,7 +50,7 @@ class Board:
         # One hash (or sorted set) for all watches of the queue each, by plan: a tick reads and writes them in one go.
         self._due, self._given = f"{self._prefix}due", f"{self._prefix}given"
         self._last, self._problem, self._active = f"{self._prefix}last", f"{self._prefix}problem", f"{self._prefix}active"
-        self._version, self._settled = f"{self._prefix}version", f"{self._prefix}settled"
+        self._version, self._left_out = f"{self._prefix}version", f"{self._prefix}left-out"
 
     def plan_key(self, plan_id: str) -> str:
         return f"{self._prefix}plan:{plan_id}"
@@ -125,13 +125,13 @@ class Board:
     def sights(self, plan_id: str) -> dict[str, dict[str, Any]]:
         """What the ticks saw: for each path its name, state, reason, step, job and, once it is done, its record's main fields.
 
-        All that is under way, and of what is settled the last checkpoints; ``settled`` tells how many there were.
+        All that is under way, and of what is settled the last checkpoints; ``versions`` tells how many others there were.
         """
         found = self.connection.hgetall(self.sight_key(plan_id))
         return {path.decode("utf-8", "surrogateescape"): json.loads(text) for path, text in found.items()}
 
-    def publish(self, plan_id: str, changed: dict[str, dict[str, Any]], gone: list[str], settled: int) -> None:
-        """Brings the sights of a watch up to date; paths in ``gone`` are taken out, ``settled`` is how many are settled by now."""
+    def publish(self, plan_id: str, changed: dict[str, dict[str, Any]], gone: list[str], left_out: int) -> None:
+        """Brings the sights of a watch up to date; paths in ``gone`` are taken out, ``left_out`` is how many settled ones are not among them."""
         key = self.sight_key(plan_id)
         if not changed and not gone:
             return
@@ -140,14 +140,14 @@ class Board:
                 pipe.hset(key, mapping={_field(path): json.dumps(sight) for path, sight in changed.items()})
             if gone:
                 pipe.hdel(key, *[_field(path) for path in gone])
-            pipe.hset(self._settled, plan_id, settled)
+            pipe.hset(self._left_out, plan_id, left_out)
             pipe.hincrby(self._version, plan_id, 1)
             pipe.execute()
 
     def versions(self, plan_ids: list[str]) -> list[tuple[int, str, int]]:
-        """Of each plan a number that grows with each change of its sights, what hinders it, and how many checkpoints are settled."""
+        """Of each plan a number that grows with each change of its sights, what hinders it, and how many settled checkpoints are left out."""
         with self.connection.pipeline(transaction=False) as pipe:
-            for key in (self._version, self._problem, self._settled):
+            for key in (self._version, self._problem, self._left_out):
                 pipe.hmget(key, plan_ids)
             versions, problems, settled = pipe.execute() if plan_ids else ([], [], [])
         return [

@@ -84,6 +84,9 @@ class Task:
     merging: Merging = field(default_factory=Merging)
     # The listing's signature when the identity was read.
     signature: str = ""
+    # What takes turns with others in the queue, by default the checkpoint's own folder; and the watched directory.
+    turn: str = ""
+    root: str = ""
     # With --latest_only: the hash and the field in Redis that name the newest job that waits.
     newest: tuple[str, str] | None = None
 
@@ -94,7 +97,7 @@ class Task:
     @property
     def folder(self) -> str:
         """The folder of checkpoints that takes turns with others."""
-        return os.path.dirname(self.checkpoint)
+        return self.turn or os.path.dirname(self.checkpoint)
 
     @property
     def merge_id(self) -> str:

@@ -1,8 +1,8 @@
 """One look at a plan's directories, in a thread with a deadline: a file system that hangs delays no other watch."""
 
+import contextlib
 import glob
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,13 +11,15 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
-from assayer import refs
+from assayer import formats, refs
+from assayer.checkpoint import Found
 from assayer.files import printable
 from assayer.plan import Baseline, Plan
 from assayer.record import Place, Record, hold_folder, hold_key, read
 from assayer.watch.diff import Decision, counts, decide
-from assayer.watch.protect import Neighbours, Protection, as_seen, protect
+from assayer.watch.protect import Neighbours, Protection, as_seen, is_meant, protect
 from assayer.watch.ready import Seen
+from assayer.watch.scan import scan
 from assayer.watch.survey import Survey, Terms
 from assayer.worker.hold import Held
 
@@ -54,11 +56,6 @@ class Memory:
     def count(self) -> int:
         """How many checkpoints have been looked into and are not settled."""
         return sum(len(survey.seen) for survey in list(self.surveys.values()))
-
-    @property
-    def last(self) -> str | None:
-        """The path of the last checkpoint that was seen whole."""
-        return max((survey.last for survey in self.surveys.values() if survey.last), default=(None, None))[1]
 
 
 @dataclass(frozen=True)
@@ -144,6 +141,7 @@ def look(
         plan.quiet_period,
         is_known=lambda found, signature: baseline.has_signature(plan.below(found.checkpoint.path), signature),
         recall=lambda found, signature: _recall(plan, found.checkpoint.path, signature),
+        keeps_lost=plan.results_dir is not None,
         full_every=full_every,
         turns_max=TURNS_PART * plan.polling_interval,
         new_max=new_max,
@@ -151,12 +149,12 @@ def look(
     seen, problems, missing = see(plan, memory, now, terms)
     is_partial = any(survey.is_partial for survey in memory.surveys.values())
     ended = (plan.once or _training_ended(plan, memory, idle_since, now)) and not is_partial
-    last = memory.last if ended else None
-    if last and plan.every and not any(s.checkpoint.path == last for s in seen):
+    last = _last_whole(plan, memory) if ended and plan.every else None
+    if last and not any(s.checkpoint.path == last for s in seen):
         for survey in memory.surveys.values():
             survey.ask_again(last)
         seen, problems, missing = see(plan, memory, now, terms)
-    _find_holds(plan, memory, is_anew)
+    _find_holds(plan, memory)
     held = memory.protection.held(plan) if neighbours else []
     seen += _held_only(plan, memory, seen, held, now)
     decisions = decide(today, baseline, seen, lambda s: _record(today, s), now, last)
@@ -165,7 +163,16 @@ def look(
     for decision in decisions:
         if decision.state in ("done", "baseline", "skipped"):
             _settle(today, memory, decision)
-    return Look(tuple(decisions), tuple(problems), missing, ended, now, memory.protection.notes, memory.protection.refused, is_anew)
+    return Look(
+        tuple(decisions),
+        tuple(problems),
+        missing,
+        ended,
+        now,
+        memory.protection.notes,
+        "; ".join(memory.protection.refused.values()),
+        is_anew,
+    )
 
 
 def _settle(plan: Plan, memory: Memory, decision: Decision) -> None:
@@ -182,34 +189,38 @@ def _held_only(plan: Plan, memory: Memory, seen: list[Seen], held: list[Held], n
     found = []
     for one in held:
         # What is held for another watch may be none of this one's.
-        if one.key not in known and _is_meant(plan, memory, one.checkpoint.path):
+        if one.key not in known and is_meant(plan, memory.surveys, one.checkpoint.path):
             again = as_seen(one, now)
             if again:
                 found.append(again)
     return found
 
 
-def _is_meant(plan: Plan, memory: Memory, path: str) -> bool:
-    """True for a path that a look at this plan's directories would take up, were it still there."""
-    for directory in memory.surveys:
-        below = os.path.relpath(path, directory)
-        depth = 0 if below == "." else below.count(os.sep) + 1
-        if below != ".." and not below.startswith(f"..{os.sep}") and depth <= plan.max_depth:
-            return plan.regex_filter is None or re.search(plan.regex_filter, below) is not None
-    return False
-
-
-def _find_holds(plan: Plan, memory: Memory, is_anew: bool) -> None:
+def _find_holds(plan: Plan, memory: Memory) -> None:
     """Folders in which something may be held, by an earlier watch or another: those that a look comes across, or that stand elsewhere."""
-    folders = memory.protection.folders
+    state = memory.protection
     for directory, survey in memory.surveys.items():
-        folders |= survey.hold_folders
+        state.folders |= survey.hold_folders
         survey.hold_folders = set()
-        if is_anew:
-            folders |= {hold_folder(Path(directory))}
-            folders |= {hold_folder(Path(directory, name)) for name in ("checkpoint_0", "step-0")}
-    if is_anew and plan.results_dir is not None:
-        folders |= set(Path(plan.results_dir).glob("*/.hold"))
+        if not state.searched:
+            state.folders |= {hold_folder(Path(directory, name)) for name in ("", "checkpoint_0", "step-0", "last.ckpt")}
+    if not state.searched and plan.results_dir is not None and os.path.isdir(plan.results_dir):
+        state.folders |= set(Path(plan.results_dir).glob("*/.hold"))
+    state.searched = state.searched or plan.results_dir is None or os.path.isdir(plan.results_dir)
+
+
+def _last_whole(plan: Plan, memory: Memory) -> str | None:
+    """The path of the last checkpoint that lies there whole."""
+    found: list[Found] = []
+    for directory in memory.surveys:
+        with contextlib.suppress(OSError):
+            found += scan(directory, plan.max_depth, plan.regex_filter).found
+    for one in sorted(found, key=lambda f: f.checkpoint.order, reverse=True):
+        with contextlib.suppress(Exception):
+            # What its files hold must not keep the watch from ending.
+            if formats.of(one.checkpoint).missing(one.listing) is None:
+                return one.checkpoint.path
+    return None
 
 
 def _training_ended(plan: Plan, memory: Memory, idle_since: float, now: float) -> bool:
@@ -225,14 +236,7 @@ def _place(plan: Plan, path: str) -> Place:
 
 
 def _record(plan: Plan, seen: Seen) -> Record | None:
-    """The record of these weights, wherever it lies; None when they were not evaluated."""
-    identity = seen.identity or ""
-    place = _place(plan, seen.checkpoint.path)
-    for path in (place.record, place.earlier(identity)):
-        record = read(path)
-        if record and record.identity == identity:
-            return record
-    return None
+    return _place(plan, seen.checkpoint.path).find(seen.identity or "")
 
 
 def _recall(plan: Plan, path: str, signature: str) -> str | None:
@@ -332,22 +336,30 @@ class Lookout:
         self._memories: dict[tuple[str, float], Memory] = {}
         self._pool = _Pool()
 
-    def start(self, plan: Plan, baseline: Baseline, idle_since: float, neighbours: Neighbours | None = None) -> bool:
-        """Begins to look, unless the last look at this plan has not come back yet; True when it began now."""
+    def start(self, plan: Plan, baseline: Baseline, idle_since: float, neighbours: Neighbours | None = None, cost: float = 0.0) -> bool:
+        """Begins to look, unless the last look at this plan has not come back yet; True when it began now.
+
+        Args:
+            plan: the watch.
+            baseline: its baseline.
+            idle_since: since when nothing has happened in it.
+            neighbours: the other watches.
+            cost: seconds that it takes to list everything of all watches (``cost()``).
+        """
         key = (plan.id, plan.given)
         if key in self._running:
             return False
         memory = self._memories.setdefault(key, Memory())
-        every = self.full_every(plan.polling_interval)
+        every = 0.0 if cost / FULL_PART <= plan.polling_interval else min(FULL_MAX, cost / FULL_PART)
         running = _Running(lambda: look(plan, baseline, memory, idle_since, time.time(), every, NEW_MAX, neighbours), plan)
         self._running[key] = running
         self._pool.submit(running)
         return True
 
-    def full_every(self, interval: float) -> float:
-        """Seconds that a directory which seems unchanged may go without being listed; 0: it is listed at every look."""
-        cost = sum(memory.cost for memory in self._memories.values()) / FULL_PART
-        return 0.0 if cost <= interval else min(FULL_MAX, cost)
+    def cost(self) -> float:
+        """Seconds that it takes to list everything of all watches."""
+        # A look's thread may add directories meanwhile.
+        return sum(memory.cost for memory in self._memories.values())
 
     def ready(self, begun: set[str], seconds: float) -> Iterator[tuple[Plan, Look | str]]:
         """The looks that have come back, as they do: each plan with its look, or a sentence why there is none.
@@ -373,6 +385,10 @@ class Lookout:
         for running in self._running.values():
             if running.plan:
                 yield running.plan, time.time() - running.began
+
+    def drop(self, plan: Plan) -> None:
+        """Forgets what is known of a plan, so that its next look decides about everything anew."""
+        self._memories.pop((plan.id, plan.given), None)
 
     def forget(self, plans: Mapping[str, float]) -> None:
         """Drops what is known of plans other than these (id, and when it was given)."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from assayer.watch.ready import Seen
 from assayer.worker import hold
 from assayer.worker.hold import Bounds, Held
 
-__all__ = ["Neighbours", "Protection", "protect"]
+__all__ = ["Neighbours", "Protection", "as_seen", "is_meant", "protect"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,14 @@ class Neighbours:
 
 @dataclass
 class Protection:
-    """What one watch knows of holds. ``folders`` are those that may hold something, ``refused`` why no hard link can be made.
+    """What one watch knows of holds. ``folders`` are those that may hold something, ``refused`` why no hard link can be made in one.
 
-    ``notes`` says of each checkpoint, by path, why it waits without protection.
+    ``searched``: what earlier watches have left was looked for. ``notes`` says of each checkpoint, by path, why it waits unprotected.
     """
 
     folders: set[Path] = field(default_factory=set)
-    refused: str = ""
+    refused: dict[Path, str] = field(default_factory=dict)
+    searched: bool = False
     notes: dict[str, str] = field(default_factory=dict)
 
     def held(self, plan: Plan) -> list[Held]:
@@ -48,9 +50,21 @@ class Protection:
             # The watched directory may be a checkpoint itself.
             inside = [held for held in hold.held_in(folder) if os.path.join(held.checkpoint.path, "").startswith(above)]
             found += inside
-            if not inside:
+            if not inside and not folder.exists() and folder.parent.parent.is_dir():
                 self.folders.discard(folder)
         return found
+
+
+def is_meant(plan: Plan, directories: Iterable[str], path: str) -> bool:
+    """True for a path that a look of this plan at these directories would take up, were it there; of a pattern's only looking can tell."""
+    for directory in directories:
+        if plan.is_pattern and directory == plan.directory:
+            return True
+        below = os.path.relpath(path, directory)
+        depth = 0 if below == "." else below.count(os.sep) + 1
+        if below != ".." and not below.startswith(f"..{os.sep}") and depth <= plan.max_depth:
+            return plan.regex_filter is None or re.search(plan.regex_filter, below) is not None
+    return False
 
 
 def as_seen(held: Held, now: float) -> Seen | None:
@@ -84,7 +98,8 @@ def protect(
         waiting, there = by_folder.get(folder, []), present.get(folder, {})
         wanted = {hold_key(seen.checkpoint.path, seen.identity or "") for seen in waiting}
         for key in there.keys() - wanted:
-            if not _is_wanted(plan, there[key], record_of, neighbours, now):
+            # It may be read for a watch of another Redis, too.
+            if not _is_wanted(plan, there[key], record_of, neighbours, now) and not hold.is_read(there[key]):
                 hold.release(there.pop(key))
         _protect_folder(plan, folder, waiting, there, state, neighbours)
 
@@ -97,7 +112,9 @@ def _is_wanted(plan: Plan, held: Held, record_of: Callable[[Plan, Seen], Record 
     plans = neighbours.plans(held.checkpoint.path)
     if neighbours.in_flight(held.key):
         return True
-    others = [(other, baseline) for other, baseline in plans if other.id != plan.id]
+    others = [
+        (other, baseline) for other, baseline in plans if other.id != plan.id and is_meant(other, [other.directory], seen.checkpoint.path)
+    ]
     return any(
         decision.state in ("due", "writing")
         for other, baseline in others
@@ -111,7 +128,8 @@ def _protect_folder(
     """One folder of checkpoints: ``waiting`` the newest first, ``there`` what is held of them and of others."""
     if not waiting and not there:
         return
-    bounds = _bounds([plan, *(p for seen in waiting[:1] for p, _ in neighbours.plans(seen.checkpoint.path))])
+    others = [p for seen in waiting[:1] for p, _ in neighbours.plans(seen.checkpoint.path) if p.results_dir == plan.results_dir]
+    bounds = _bounds([plan, *others])
     sizes = {hold_key(seen.checkpoint.path, seen.identity or ""): seen for seen in waiting}
     scarce = bounds.count > 0 and hold.free_part(str(folder.parent.parent)) < bounds.min_free
     claimed = [(key, held.nbytes) for key, held in there.items() if held.is_claimed or key not in sizes]
@@ -128,9 +146,9 @@ def _protect_folder(
             state.folders.add(folder)
         elif seen.gone:
             continue
-        elif state.refused:
+        elif folder in state.refused:
             state.notes[path] = "not protected from deletion: hard links cannot be made here"
-        elif bounds.count == 0:
+        elif plan.hold == 0:
             state.notes[path] = "not protected from deletion (--hold 0)"
         elif scarce:
             state.notes[path] = f"not protected from deletion: less than {bounds.min_free:.0%} of its file system is free (--hold_min_free)"
@@ -149,7 +167,9 @@ def _take(seen: Seen, folder: Path, plan: Plan, state: Protection) -> None:
             logger.info("-> %s held", printable(seen.checkpoint.name))
     except OSError as error:
         if hold.is_refusal(error):
-            state.refused = f"hard links cannot be made in {printable(os.path.dirname(path))} ({error.strerror}): what waits is not held"
+            state.refused[folder] = (
+                f"hard links cannot be made in {printable(os.path.dirname(path))} ({error.strerror}): what waits is not held"
+            )
         state.notes[path] = f"not protected from deletion: a hard link cannot be made ({error.strerror})"
 
 

@@ -13,7 +13,7 @@ from assayer.checkpoint import Checkpoint, Entry, Found, Listing, list_files
 from assayer.files import printable
 from assayer.record import OWN_FOLDERS
 
-__all__ = ["Folder", "Known", "Scan", "cannot_read", "filtered", "is_temporary", "list_whole", "open_folder", "scan"]
+__all__ = ["Earlier", "Folder", "Scan", "cannot_read", "filtered", "is_temporary", "list_whole", "open_folder", "scan"]
 
 # Names under which trainers and copy programs keep what is not finished yet.
 TEMPORARY = (
@@ -23,7 +23,7 @@ TEMPORARY = (
 _TEMPORARY = re.compile("|".join(translate(pattern) for pattern in TEMPORARY))
 
 
-class Known(Protocol):
+class Earlier(Protocol):
     """What an earlier look saw at a path."""
 
     @property
@@ -115,7 +115,7 @@ def open_folder(
     path: str,
     depth: int,
     max_depth: int,
-    known: Mapping[str, Known],
+    known: Mapping[str, Earlier],
     problems: list[str],
     is_settled: Callable[[Entry], bool] = nothing,
 ) -> Folder:
@@ -171,7 +171,7 @@ def list_whole(path: str) -> tuple[Listing, list[Entry], list[str], list[str]]:
     return Listing(path, True, tuple(entries)), files, folders, inside
 
 
-def _identify(listing: Listing, known: Mapping[str, Known], problems: list[str]) -> Found | None:
+def _identify(listing: Listing, known: Mapping[str, Earlier], problems: list[str]) -> Found | None:
     before = known.get(listing.path)
     if before and before.listing == listing:
         return Found(before.checkpoint, before.listing)

@@ -36,7 +36,8 @@ class Terms:
     """What a watch asks of its survey. Times in seconds.
 
     ``is_known`` tells by its listing's signature that a checkpoint is settled and need not be looked into; ``recall`` gives the identity
-    that a record tells for this very signature. ``full_every``: how long a directory may go without being listed; ``turns_max`` and
+    that a record tells for this very signature. ``keeps_lost``: what was deleted with the directory around it stays in sight, since its
+    record lies elsewhere. ``full_every``: how long a directory may go without being listed; ``turns_max`` and
     ``new_max``: how long one look may spend on directories whose turn it is, and on those that no look has seen.
     """
 
@@ -45,6 +46,7 @@ class Terms:
     quiet_period: float
     is_known: Callable[[Found, str], bool] = lambda found, signature: False
     recall: Callable[[Found, str], str | None] = lambda found, signature: None
+    keeps_lost: bool = False
     full_every: float = 0.0
     turns_max: float = float("inf")
     new_max: float = float("inf")
@@ -85,8 +87,7 @@ class Survey:
         self._first_pass = True
         # Folders of holds beside checkpoints that this look has come across.
         self.hold_folders: set[Path] = set()
-        # The last checkpoint that was seen whole, settled or not: its sort key and path; and the highest position of any.
-        self.last: tuple[tuple[object, ...], str] | None = None
+        # The highest position of any checkpoint that was seen whole.
         self.furthest = -1.0
         # Seconds that it takes to list everything.
         self.cost = 0.0
@@ -203,7 +204,7 @@ class Survey:
         node.restless = {name: kept for name, kept in node.restless.items() if hash(name) in node.settled}
         self._nodes[path] = node
         for name in before.folders.keys() - set(folder.folders):
-            self._lose_folder(os.path.join(path, name), node)
+            self._lose_folder(os.path.join(path, name), node, terms)
         for lost in before.open - node.open:
             # A directory that has come back speaks for itself.
             if lost not in (os.path.join(path, name) for name in folder.folders):
@@ -236,8 +237,6 @@ class Survey:
             self._note_whole(found.checkpoint)
 
     def _note_whole(self, checkpoint: Checkpoint) -> None:
-        if self.last is None or checkpoint.order >= self.last[0]:
-            self.last = (checkpoint.order, checkpoint.path)
         if checkpoint.position.number is not None:
             self.furthest = max(self.furthest, checkpoint.position.number)
 
@@ -273,14 +272,14 @@ class Survey:
         node.records = (folder, *_names_in(folder))
         return not set(names) <= set(node.records[2])
 
-    def _lose_folder(self, path: str, node: _Node) -> None:
+    def _lose_folder(self, path: str, node: _Node, terms: Terms) -> None:
         """A directory has gone, with all below it; the checkpoint that it was itself may still wait for its record."""
         inside = path + os.sep
         for below in [p for p in self._nodes if p == path or p.startswith(inside)]:
             gone = self._nodes.pop(below)
             self.cost -= gone.took
             for lost in gone.open:
-                if lost == path:
+                if lost == path or terms.keeps_lost:
                     self._lose(lost, node)
                 else:
                     self.seen.pop(lost, None)

@@ -1,6 +1,8 @@
 """One tick: every watch that is due is looked at, what is new and whole is queued, and the next tick is scheduled. It never sleeps."""
 
 import logging
+import os
+import re
 import time
 from typing import Any
 
@@ -35,6 +37,9 @@ RETRY_PAUSE = 30.0
 # Seconds after which a look that has not come back is spoken of.
 SLOW = 3.0
 
+# A folder that is called after one checkpoint.
+_OF_ONE = re.compile(r"(step|iter|checkpoint|epoch)[=_-]?\d+", re.IGNORECASE)
+
 _lookout = Lookout()
 _known: dict[str, Known] = {}
 _generations: dict[str, int] = {}
@@ -65,9 +70,10 @@ def tick(queue: str, generation: int) -> None:
     due = [plan_id for plan_id in board.due(now + EARLY) if plan_id in known.plans]
     neighbours = known.neighbours(connection)
     begun = set()
+    cost = _lookout.cost()
     for plan_id, active_at in zip(due, board.active_at(due), strict=True):
         plan, baseline = known.plans[plan_id]
-        if _lookout.start(plan, baseline, plan.given if active_at is None else active_at, neighbours):
+        if _lookout.start(plan, baseline, plan.given if active_at is None else active_at, neighbours, cost):
             begun.add(plan_id)
     guards: dict[str, str | None] = {chain.chain_key(queue): str(generation)}
     later = board.next_due(after=now + EARLY)
@@ -95,6 +101,9 @@ def _served(board: Board, plan: Plan, seen: Look | str, guards: dict[str, str | 
     try:
         return _serve(board, plan, seen, guards, now)
     except RedisError:
+        # What was decided is not on the board: the next tick begins with all of it anew.
+        _sights.pop((board.queue, plan.id), None)
+        _lookout.drop(plan)
         raise
     except Exception as error:
         # A bug that one watch meets must not take the others with it.
@@ -190,8 +199,18 @@ def task_of(plan: Plan, decision: Decision, newest: tuple[str, str] | None = Non
         merges=plan.merging.mode == "auto" and formats.of(checkpoint).SHARDED,
         merging=plan.merging,
         signature=decision.seen.signature,
+        turn=_turn(plan, checkpoint.path),
+        root=plan.root,
         newest=newest,
     )
+
+
+def _turn(plan: Plan, path: str) -> str:
+    """The folder whose checkpoints take turns with those of others: the run's, also where each checkpoint has a folder of its own."""
+    folder = os.path.dirname(path)
+    while folder != plan.root and _OF_ONE.search(os.path.basename(folder)):
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def _hindrance(connection: Connection, job_id: str, status: str | None, look: Look, plan: Plan) -> str | None:

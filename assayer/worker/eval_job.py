@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from rq import Retry, get_current_job
@@ -23,7 +24,7 @@ from assayer.files import alone, printable, private_directory
 from assayer.plan import host_name, state_directory
 from assayer.queues import Connection
 from assayer.queues.enqueue import LOST_MAX, Task, is_wanted, note_of, note_served
-from assayer.record import Place, Record, flatten, now_utc
+from assayer.record import Place, Record, flatten, hold_folder, now_utc
 from assayer.worker import child, hold
 from assayer.worker.environ import is_launcher_variable
 from assayer.worker.merging import REFUSED, UNREADABLE, NotMerged, merge_for, scratch_of
@@ -91,6 +92,12 @@ def _evaluate(job: Job, task: Task) -> Any:
         return present.glance()
     _make_folder(place)
     held = _hold_of(task)
+    if held is None and not os.path.lexists(task.checkpoint):
+        # A network file system may remember for a while that a hold was not there; to list its folder makes it ask.
+        for folder in (hold_folder(Path(task.checkpoint), task.results_dir), Path(task.checkpoint).parent):
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
+        held = _hold_of(task)
     source = held.path if held and hold.claim(held) else task.checkpoint
     kept = Record(**job.meta.pop("outcome")) if "outcome" in job.meta else None
     if kept and kept.ended_at >= task.not_before:
@@ -216,7 +223,7 @@ def _changed(task: Task, source: str) -> _Gone | None:
             raise CheckpointError(f"{printable(task.checkpoint)}: {missing}")
         now = identity(listing, form.weights(listing))
     except FileNotFoundError:
-        if not os.path.isdir(os.path.dirname(task.checkpoint)):
+        if not os.path.isdir(os.path.dirname(task.checkpoint)) and not (task.results_dir and os.path.isdir(task.root)):
             raise StateError(f"{printable(os.path.dirname(task.checkpoint))} is not there; waiting for it") from None
         if os.path.exists(source):
             # The directory was away for a moment.

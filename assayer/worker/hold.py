@@ -22,6 +22,8 @@ from pathlib import Path
 from assayer import formats
 from assayer.checkpoint import Checkpoint, Found, Listing, Position, list_path, needed
 from assayer.files import printable, read_json, write_json
+from assayer.plan import host_name
+from assayer.queues.recover import is_gone
 from assayer.record import hold_folder, hold_key
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "find",
     "free_part",
     "held_in",
+    "is_read",
     "is_refusal",
     "release",
     "size_of",
@@ -49,6 +52,8 @@ _RESUMING = re.compile(
 )
 # A symbolic link, because it is made with its content in one step.
 _CLAIM, _READ, _DROPPED = "claim", "evaluation", "watch"
+# Seconds for which an evaluation on another host is believed to read.
+_READ_MAX = 2 * 86400
 # What a file system, or its rules, answer where a hard link cannot be made at all.
 _REFUSALS = frozenset({errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EROFS, errno.EMLINK})
 
@@ -193,7 +198,7 @@ def held_in(root: Path) -> list[Held]:
 def claim(held: Held) -> bool:
     """Keeps a hold for an evaluation that begins to read it; False when it has been, or is being, taken away."""
     try:
-        os.symlink(_READ, held.folder / _CLAIM)
+        os.symlink(f"{_READ}@{host_name()}@{os.getpid()}", held.folder / _CLAIM)
     except FileExistsError:
         # By another evaluation of the same checkpoint, or by ``drop``.
         return _is_claimed(held.folder)
@@ -214,9 +219,21 @@ def drop(held: Held) -> bool:
     return True
 
 
+def is_read(held: Held) -> bool:
+    """True while the evaluation that has claimed a hold may live: its process on this host does; of another host's, for two days."""
+    try:
+        claim_file = held.folder / _CLAIM
+        _, host, pid = os.readlink(claim_file).split("@")
+        if host == host_name():
+            return not is_gone(int(pid))
+        return time.time() - claim_file.lstat().st_mtime < _READ_MAX
+    except (OSError, ValueError):
+        return False
+
+
 def _is_claimed(folder: Path) -> bool:
     try:
-        return os.readlink(folder / _CLAIM) == _READ
+        return os.readlink(folder / _CLAIM).partition("@")[0] == _READ
     except OSError:
         return False
 

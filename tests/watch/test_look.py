@@ -159,7 +159,7 @@ def test_a_record_that_cannot_be_read_is_said_and_hinders_no_other(tmp_path: Pat
             raise PermissionError(13, "Permission denied")
         return read(path)
 
-    monkeypatch.setattr("assayer.watch.look.read", closed)
+    monkeypatch.setattr("assayer.record.read", closed)
     found = look(plan(tmp_path), NOTHING, Memory(), NOW, NOW)
     assert [(d.state, d.reason) for d in found.decisions] == [("writing", "its record cannot be read: Permission denied"), ("due", "")]
 
@@ -272,3 +272,13 @@ def test_a_watched_directory_that_is_a_checkpoint_itself_keeps_its_earlier_save(
         seen = look(p, NOTHING, memory, NOW, NOW + 100 * value, neighbours=Neighbours()).decisions
     assert [d.state for d in seen] == ["due", "due"]
     assert len(look(p, NOTHING, Memory(), NOW, NOW + 300, neighbours=Neighbours()).decisions) == 2, "a new process finds it, too"
+
+
+def test_at_the_end_the_last_one_is_the_last_that_lies_there(tmp_path: Path) -> None:
+    for step in (100, 103, 105):
+        save(tmp_path / f"m_step{step}.pt", step)
+    p, memory = plan(tmp_path, every=100, until_file=str(tmp_path / "end")), Memory()
+    assert states(p, memory) == {"m_step100.pt": "due", "m_step103.pt": "skipped", "m_step105.pt": "skipped"}
+    (tmp_path / "m_step105.pt").unlink()
+    (tmp_path / "end").touch()
+    assert states(p, memory) == {"m_step100.pt": "due", "m_step103.pt": "due"}

@@ -182,3 +182,42 @@ def test_a_hold_is_wanted_while_a_job_waits_for_it_that_no_known_watch_has_queue
     enqueue(open_queue(connection, "evaluation"), task, {})
     assert neighbours.in_flight(task.hold_id)
     assert neighbours.plans(task.checkpoint) == []
+
+
+def test_a_claimed_hold_stays_while_its_reader_lives_and_goes_when_that_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "m_step1.pt")
+    p, memory = plan(tmp_path), Memory()
+    identity = identities(tick(p, memory))["m_step1.pt"]
+    (one,) = hold.held_in(tmp_path / "evals" / ".hold")
+    assert hold.claim(one)
+    evaluated(p, path, identity)
+    tick(p, memory)
+    assert held(tmp_path) == {"m_step1.pt"}, "this process lives"
+    monkeypatch.setattr(hold, "is_gone", lambda pid: True)
+    tick(p, memory)
+    assert held(tmp_path) == set()
+
+
+def test_a_folder_that_refuses_hard_links_leaves_the_others_their_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.link
+
+    def link(source: Path, target: Path, **more: bool) -> None:
+        if "/x/" in str(source):
+            raise OSError(1, "Operation not permitted")
+        real(source, target, **more)
+
+    monkeypatch.setattr(os, "link", link)
+    save(tmp_path / "x" / "m_step1.pt")
+    save(tmp_path / "y" / "m_step1.pt")
+    tick(plan(tmp_path), Memory())
+    assert held(tmp_path / "x") == set()
+    assert held(tmp_path / "y") == {"m_step1.pt"}
+
+
+def test_without_holds_of_its_own_a_watch_takes_none_for_another(tmp_path: Path) -> None:
+    save(tmp_path / "m_step1.pt")
+    p = plan(tmp_path, hold=0)
+    other = replace(p, hold=8, evaluator=Evaluator("other", p.evaluator.reference), regex_filter="none")
+    found = tick(p, Memory(), Neighbours(plans=lambda path: [(p, NOTHING), (other, NOTHING)]))
+    assert held(tmp_path) == set()
+    assert found.notes == {str(tmp_path / "m_step1.pt"): "not protected from deletion (--hold 0)"}
