@@ -131,7 +131,7 @@ class Board:
         return {path.decode("utf-8", "surrogateescape"): json.loads(text) for path, text in found.items()}
 
     def publish(self, plan_id: str, changed: dict[str, dict[str, Any]], gone: list[str], left_out: int) -> None:
-        """Brings the sights of a watch up to date; paths in ``gone`` are taken out, ``left_out`` is how many settled ones are not among them."""
+        """Brings the sights of a watch up to date; paths in ``gone`` are taken out, ``left_out`` settled ones are not there."""
         key = self.sight_key(plan_id)
         if not changed and not gone:
             return
@@ -145,7 +145,7 @@ class Board:
             pipe.execute()
 
     def versions(self, plan_ids: list[str]) -> list[tuple[int, str, int]]:
-        """Of each plan a number that grows with each change of its sights, what hinders it, and how many settled checkpoints are left out."""
+        """Of each plan a number that grows with each change of its sights, what hinders it, and how many settled ones are left out."""
         with self.connection.pipeline(transaction=False) as pipe:
             for key in (self._version, self._problem, self._left_out):
                 pipe.hmget(key, plan_ids)
