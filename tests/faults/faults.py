@@ -17,6 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -28,6 +29,7 @@ from injuries import INJURIES, Scene, mount, unmount
 from verdict import (
     Moment,
     debts,
+    held_before_the_end,
     ledger_faults,
     left_in_redis,
     left_on_disk,
@@ -294,16 +296,20 @@ class _Trial:
         self.poller.look_at_records()
         journal, sights = read_lines(self.journal), self.poller.sights
         versions, ledger = versions_of(journal), read_lines(self.ledger)
-        lost, self.outcome.excused = debts(versions, sights, self.poller.looks, self.away, self.outcome.faults)
+        held = held_before_the_end(versions, sights, self.poller.looks, self.away, self.results)
+        lost, self.outcome.excused = debts(versions, sights, self.poller.looks, self.away, self.outcome.faults, held)
         problems = [f"{version.name} has no finished record" for version in still_owed(versions, sights)] + lost
         if not settled:
             problems.append(f"not at rest after {self.scenario.settle:g} s: {self._why_not()}")
-        problems += record_faults(versions, sights, self.results)
+        problems += record_faults(versions, sights, self.results, held)
         twice, runs, again = ledger_faults(ledger, self.outcome.faults)
         problems += twice + sorted(self.poller.problems) + trainer_faults(journal, versions, self.trainer.returncode)
         if settled:
             problems += status_faults(self.house.status(), versions)
         self.outcome.problems += problems
+        deleted = {(v.path, v.identity): v.deleted for v in versions if v.deleted is not None}
+        finished = [(s.checkpoint, s.identity, datetime.fromisoformat(s.ended).timestamp()) for s in sights if s.status == "finished"]
+        late = {(path, identity) for path, identity, ended in finished if ended > deleted.get((path, identity), float("inf"))}
         last = {sight.file: sight for sight in sights}
         states = Counter(sight.status for sight in {(s.checkpoint, s.identity): s for s in last.values()}.values())
         self.outcome.counts |= {
@@ -311,6 +317,9 @@ class _Trial:
             "versions of checkpoints written": len(versions),
             "  written in place of an earlier one": sum(v.rewritten is not None for v in versions),
             "  deleted by retention": sum(v.deleted is not None for v in versions),
+            "  held when they were deleted, and evaluated": sum(
+                v.deleted is not None and (v.path, v.value) in held and (v.path, v.identity) in late for v in versions
+            ),
             "runs of the evaluator": runs,
             "  run again after a fault": again,
             **{f"records that say {status}": count for status, count in sorted(states.items())},

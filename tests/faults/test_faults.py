@@ -8,7 +8,17 @@ import pytest
 from evidence import Sight, Version, versions_of
 from faults import Outcome, Scenario, trial
 from injuries import INJURIES
-from verdict import Moment, debts, ledger_faults, left_on_disk, record_faults, status_faults, still_owed, trainer_faults
+from verdict import (
+    Moment,
+    debts,
+    held_before_the_end,
+    ledger_faults,
+    left_on_disk,
+    record_faults,
+    status_faults,
+    still_owed,
+    trainer_faults,
+)
 
 # First what needs an evaluation that runs, or a scheduler: a watch worker whose forerunner was killed has none for a while.
 FIRST = ("kill work horse", "kill evaluator", "kill scheduler")
@@ -85,9 +95,9 @@ def test_the_journal_tells_when_each_version_lay_there_and_what_became_of_it() -
 
 
 def test_one_finished_record_of_the_right_weights_is_all_that_is_asked_for() -> None:
-    assert record_faults([version()], [sight()], RESULTS) == []
+    assert record_faults([version()], [sight()], RESULTS, set()) == []
     assert still_owed([version()], [sight()]) == []
-    assert debts([version(end=30.0)], [sight()], {"/runs/run0": {11.0, 12.0}}, [], []) == ([], [])
+    assert debts([version(end=30.0)], [sight()], {"/runs/run0": {11.0, 12.0}}, [], [], set()) == ([], [])
 
 
 def test_a_checkpoint_that_lies_there_without_a_record_is_a_fault() -> None:
@@ -98,12 +108,32 @@ def test_a_checkpoint_that_lies_there_without_a_record_is_a_fault() -> None:
 def test_a_deleted_checkpoint_that_was_looked_at_twice_and_has_no_record_is_a_fault() -> None:
     gone = version(end=15.0, deleted=15.0)
     looks = {"/runs/run0": {11.0, 12.0}}
-    assert len(debts([gone], [], looks, [], [])[0]) == 1
-    assert debts([gone], [sight(status="vanished")], looks, [], [])[0] == []
-    assert debts([gone], [], {"/runs/run0": {11.0}}, [], [])[0] == [], "it was there for one look only"
-    assert debts([gone], [], looks, [("/runs/run0", 10.8, 12.2)], [])[0] == [], "the directory was away"
-    lost, excused = debts([gone], [], looks, [], [Moment(13.0, "flush redis", "")])
-    assert (lost, len(excused)) == ([], 1)
+    assert len(debts([gone], [], looks, [], [], set())[0]) == 1
+    assert debts([gone], [sight(status="vanished")], looks, [], [], set())[0] == []
+    assert debts([gone], [], {"/runs/run0": {11.0}}, [], [], set())[0] == [], "it was there for one look only"
+    assert debts([gone], [], looks, [("/runs/run0", 10.8, 12.2)], [], set())[0] == [], "the directory was away"
+
+
+def test_that_redis_lost_its_data_excuses_no_version_that_was_held() -> None:
+    gone = version(end=15.0, deleted=15.0)
+    looks = {"/runs/run0": {11.0, 12.0}}
+    flushed = [Moment(13.0, "flush redis", "")]
+    held = held_before_the_end([gone], [], looks, [], RESULTS)
+    assert held == {(PATH, 1.0)}
+    assert [len(texts) for texts in debts([gone], [], looks, [], flushed, held)] == [1, 0]
+    assert [len(texts) for texts in debts([gone], [], looks, [], flushed, set())] == [0, 1]
+
+
+def test_two_looks_hold_a_version_unless_it_cannot_be_linked_or_eight_others_wait() -> None:
+    gone = version(end=15.0, deleted=15.0)
+    looks = {"/runs/run0": {11.0, 12.0}}
+    assert held_before_the_end([gone], [], {"/runs/run0": {11.0}}, [], RESULTS) == set()
+    assert held_before_the_end([gone], [], looks, [], {"/runs/run0": "/other"}) == set()
+    others = [replace(version(), path=f"/runs/run0/other{i}.pt", identity=f"{i}", value=float(i)) for i in range(2, 10)]
+    assert held_before_the_end([gone, *others], [], looks, [], RESULTS) == set()
+    done = replace(sight("2"), checkpoint=others[0].path, at=9.5)
+    assert held_before_the_end([gone, *others], [done], looks, [], RESULTS) == {(PATH, 1.0)}
+    assert held_before_the_end([gone, *others[1:]], [], looks, [], RESULTS) == {(PATH, 1.0)}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +151,20 @@ def test_a_deleted_checkpoint_that_was_looked_at_twice_and_has_no_record_is_a_fa
     ],
 )
 def test_a_record_that_is_untrue_changed_or_misplaced_is_a_fault(versions: list[Version], sights: list[Sight], word: str) -> None:
-    assert any(word in problem for problem in record_faults(versions, sights, RESULTS))
+    assert any(word in problem for problem in record_faults(versions, sights, RESULTS, set()))
+
+
+def test_what_was_held_may_be_superseded_where_it_was_written_anew_but_has_not_vanished() -> None:
+    again = Version(PATH, 2.0, 15.0, "b" * 32, whole=16.0)
+    held = {(PATH, 1.0)}
+    gone = version(end=15.0, deleted=15.0)
+    for status in ("vanished", "superseded"):
+        told = record_faults([gone, again], [sight(status=status, value=None, name="model_step1.pt@aaaaaaaa")], RESULTS, held)
+        assert len(told) == 1 and "was held when it was deleted" in told[0]
+    superseded = [sight(status="superseded", value=None, name="model_step1.pt@aaaaaaaa")]
+    assert record_faults([version(end=15.0, rewritten=15.0), again], superseded, RESULTS, held) == []
+    assert record_faults([gone, again], superseded, RESULTS, set()) == []
+    assert "nothing else was saved" in record_faults([gone], superseded, RESULTS, set())[0]
 
 
 def test_two_files_that_tell_of_one_version_are_a_fault_and_two_names_of_one_file_are_not(tmp_path: Path) -> None:
@@ -133,10 +176,10 @@ def test_two_files_that_tell_of_one_version_are_a_fault_and_two_names_of_one_fil
     made = replace(version(), path=str(run / "m.pt"))
     base = replace(sight(), checkpoint=made.path)
     sights = [replace(base, file=str(path)) for path in sorted(folder.iterdir())]
-    assert record_faults([made], sights, {str(run): None}) == []
+    assert record_faults([made], sights, {str(run): None}, set()) == []
     (folder / "m.pt@aaaaaaaa.json").unlink()
     (folder / "m.pt@aaaaaaaa.json").write_text("{}")
-    assert any("has records in" in problem for problem in record_faults([made], sights, {str(run): None}))
+    assert any("has records in" in problem for problem in record_faults([made], sights, {str(run): None}, set()))
 
 
 def run(name: str, start: float, end: float | None) -> list[dict[str, object]]:
@@ -159,12 +202,15 @@ def test_half_files_holds_and_merged_checkpoints_may_not_stay(tmp_path: Path) ->
     (temporary / "assayer-scratch-0" / "lock").touch()
     assert left_on_disk([results], temporary) == []
     (results / ".hold").mkdir()
-    (results / ".hold" / "m.pt").touch()
+    assert left_on_disk([results], temporary) == []
+    (results / ".hold" / ".part-of-one").mkdir()
     (results / "look" / "n.pt.json").write_text('{"half')
     (results / "look" / "n.pt.json.tmp-0123").touch()
     (temporary / "assayer-scratch-0" / "merged").mkdir()
     left = left_on_disk([results], temporary)
-    assert [any(word in text for text in left) for word in (".hold/m.pt", "n.pt.json is no JSON", ".tmp-0123", "merged")] == [True] * 4
+    assert [any(word in text for text in left) for word in (".hold/.part-of-one", "n.pt.json is no JSON", ".tmp-0123", "merged")] == [
+        True
+    ] * 4
     assert len(left) == 4
 
 

@@ -21,6 +21,7 @@ from assayer.record import Place
 __all__ = [
     "Moment",
     "debts",
+    "held_before_the_end",
     "ledger_faults",
     "left_in_redis",
     "left_on_disk",
@@ -32,8 +33,10 @@ __all__ = [
 
 # What only says that the weights were away: it may be said again.
 _UNSETTLED = ("vanished", "superseded")
-# Losing its data, Redis also loses what waits in it: a checkpoint that is deleted meanwhile leaves nothing to evaluate.
+# Losing its data, Redis also loses what waits in it: of a checkpoint that was deleted meanwhile, and not held, nothing is known.
 _LOSING = ("flush redis", "kill redis", "kill everything")
+# How many of a folder's checkpoints are held at most, as the watches of a trial have it.
+_HELD_MAX = 8
 # Seconds that a clock and a poller may be apart.
 _SLACK = 0.5
 
@@ -53,31 +56,77 @@ def still_owed(versions: list[Version], sights: list[Sight]) -> list[Version]:
     return [v for v in versions if v.end is None and v.whole and (v.path, v.identity) not in finished]
 
 
+def held_before_the_end(
+    versions: list[Version],
+    sights: list[Sight],
+    looks: dict[str, set[float]],
+    away: list[tuple[str, float, float]],
+    results: dict[str, str | None],
+) -> set[tuple[str, float]]:
+    """Path and value of the versions that must have had a second name before they were deleted or written anew.
+
+    A look that finds a checkpoint whole holds it, and has done so when the next one begins: unless the results lie on another file system,
+    or so many others waited, too, that the newest of them may have taken its place.
+    """
+    first: dict[tuple[str, str], float] = {}
+    for sight in sights:
+        first.setdefault((sight.checkpoint, sight.identity), sight.at)
+    waits = {
+        (v.path, v.value): (v.whole, first.get((v.path, v.identity), v.end if v.end is not None else float("inf")))
+        for v in versions
+        if v.whole is not None
+    }
+    found = set()
+    for version in versions:
+        key = (version.path, version.value)
+        folder = os.path.dirname(version.path)
+        if version.whole is None or version.end is None or results[folder] is not None or len(_seen_at(version, looks, away)) < 2:
+            continue
+        begun, until = waits[key]
+        others = [wait for (path, _), wait in waits.items() if os.path.dirname(path) == folder and wait[0] <= until and wait[1] >= begun]
+        if max(sum(a <= at <= b for a, b in others) for at in [begun, *(a for a, _ in others)]) <= _HELD_MAX:
+            found.add(key)
+    return found
+
+
+def _seen_at(version: Version, looks: dict[str, set[float]], away: list[tuple[str, float, float]]) -> list[float]:
+    """When the looks began that must have found this version whole."""
+    assert version.whole is not None and version.end is not None
+    folder = os.path.dirname(version.path)
+    gone = [(a - _SLACK, b + _SLACK) for f, a, b in away if f == folder]
+    return [t for t in looks.get(folder, set()) if version.whole < t < version.end - _SLACK and not any(a < t < b for a, b in gone)]
+
+
 def debts(
-    versions: list[Version], sights: list[Sight], looks: dict[str, set[float]], away: list[tuple[str, float, float]], faults: list[Moment]
+    versions: list[Version],
+    sights: list[Sight],
+    looks: dict[str, set[float]],
+    away: list[tuple[str, float, float]],
+    faults: list[Moment],
+    held: set[tuple[str, float]],
 ) -> tuple[list[str], list[str]]:
-    """Versions without a record that should have one, and those excused because Redis lost its data while they lived."""
+    """Versions without a record that should have one, and those excused: they could not be held, and Redis lost its data meanwhile."""
     recorded = {(s.checkpoint, s.identity) for s in sights}
     lost: list[str] = []
     excused: list[str] = []
     for version in versions:
         if version.whole is None or version.end is None or (version.path, version.identity) in recorded:
             continue
-        folder = os.path.dirname(version.path)
-        gone = [(a - _SLACK, b + _SLACK) for f, a, b in away if f == folder]
-        seen = [t for t in looks.get(folder, set()) if version.whole < t < version.end - _SLACK and not any(a < t < b for a, b in gone)]
+        seen = _seen_at(version, looks, away)
         if len(seen) < 2:
             continue
+        is_held = (version.path, version.value) in held
         losses = [f.kind for f in faults if f.kind in _LOSING and min(seen) - 2 < f.at]
         text = f"{version.name} lay there for {version.end - version.whole:.1f} s and {len(seen)} looks, and has no record"
-        (excused if losses else lost).append(text)
+        (excused if losses and not is_held else lost).append(text + (" though it was held" if is_held else ""))
     return lost, excused
 
 
-def record_faults(versions: list[Version], sights: list[Sight], results: dict[str, str | None]) -> list[str]:
+def record_faults(versions: list[Version], sights: list[Sight], results: dict[str, str | None], held: set[tuple[str, float]]) -> list[str]:
     """Records of weights that never were, untrue ones, changed ones, and those in a wrong place or more than one.
 
-    What a record says must be true when it is first seen: the evaluation itself has ended before its weights are looked at again.
+    What a record says must be true when it is first seen: the evaluation itself has ended before its weights are looked at again. What was
+    ``held`` can only have been written anew under the evaluation: deleted, it is evaluated all the same.
     """
     known = {(v.path, v.identity): v for v in versions if v.identity}
     deletions = [(v.path, v.deleted) for v in versions if v.deleted]
@@ -100,6 +149,12 @@ def record_faults(versions: list[Version], sights: list[Sight], results: dict[st
             problems.append(f"{label}: {version.name} was not deleted by then")
         elif sight.status == "superseded" and (version.end is None or version.end > sight.at):
             problems.append(f"{label}: {version.name} was still there")
+        elif sight.status in _UNSETTLED and (version.path, version.value) in held and not version.rewritten:
+            problems.append(f"{label}: {version.name} was held when it was deleted")
+        elif sight.status == "superseded" and not any(
+            v.path == version.path and v.value != version.value and version.end <= v.begun <= sight.at for v in versions if version.end
+        ):
+            problems.append(f"{label}: nothing else was saved in place of {version.name}")
         elif sight.status not in ("finished", *_UNSETTLED):
             problems.append(f"{label}: {version.name} has this record instead of a finished one")
     return list(dict.fromkeys(problems)) + _changed(known, sights) + _in_two_places(sights)
@@ -202,10 +257,14 @@ def left_on_disk(results: list[Path], temporary: Path) -> list[str]:
     """Half-written files and holds below the folders of results, and merged checkpoints in the temporary directory."""
     left = [f"{path} is left" for path in temporary.glob("assayer-scratch-*/*") if path.is_dir()]
     for folder in results:
-        for root, _, files in os.walk(folder):
+        for root, below, files in os.walk(folder):
+            if os.path.basename(root) == ".hold":
+                left += [f"{os.path.join(root, name)} is left" for name in (*below, *files)]
+                below.clear()
+                continue
             for name in files:
                 path = os.path.join(root, name)
-                if ".tmp-" in name or "/.hold/" in path:
+                if ".tmp-" in name:
                     left.append(f"{path} is left")
                 elif name.endswith(".json"):
                     try:
