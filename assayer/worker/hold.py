@@ -8,6 +8,7 @@ the hold away because newer checkpoints need its place.
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -54,6 +55,8 @@ _RESUMING = re.compile(
 _CLAIM, _READ, _DROPPED = "claim", "evaluation", "watch"
 # Seconds for which an evaluation on another host is believed to read.
 _READ_MAX = 2 * 86400
+# What the name of a hold that is being removed begins with.
+_GONE = ".gone-"
 # What a file system, or its rules, answer where a hard link cannot be made at all.
 _REFUSALS = frozenset({errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EROFS, errno.EMLINK})
 
@@ -118,7 +121,9 @@ def take(found: Found, identity: str, signature: str, variants: Sequence[str], r
     held = Held(root / key, found.checkpoint, identity, signature, tuple(variants), size_of(found))
     root.parent.parent.stat()
     part.mkdir(parents=True)
+    lock = None
     try:
+        lock = _locked(part)
         target = part / found.checkpoint.name
         for name in needed(listing, form):
             second = target / name if listing.is_directory else target
@@ -139,6 +144,8 @@ def take(found: Found, identity: str, signature: str, variants: Sequence[str], r
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
         _tidy(root)
     return _read(held.folder)
 
@@ -188,7 +195,7 @@ def held_in(root: Path) -> list[Held]:
         held = None if folder.name.startswith(".") else _read(folder)
         if held:
             found.append(held)
-        elif folder.name.startswith(".") and _is_old(folder):
+        elif folder.name.startswith(".") and _is_left(folder):
             shutil.rmtree(folder, ignore_errors=True)
     if not found:
         _tidy(root)
@@ -240,7 +247,7 @@ def _is_claimed(folder: Path) -> bool:
 
 def release(held: Held) -> None:
     """Takes a hold away; only second names are deleted."""
-    gone = held.folder.with_name(f".gone-{held.key}-{secrets.token_hex(4)}")
+    gone = held.folder.with_name(f"{_GONE}{held.key}-{secrets.token_hex(4)}")
     with contextlib.suppress(OSError):
         os.rename(held.folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -291,10 +298,27 @@ def _read(folder: Path) -> Held | None:
         return None
 
 
-def _is_old(folder: Path) -> bool:
-    """True for what has been half made, or half removed, for a minute."""
+def _locked(folder: Path) -> int | None:
+    """A descriptor that keeps a lock of this folder until it is closed; None where somebody else has it, or the file system has none."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _is_left(folder: Path) -> bool:
+    """True for what is half removed, and for what was half made by somebody who is gone: without locks, such as that of another host's,
+    a minute tells."""
+    if folder.name.startswith(_GONE):
+        return True
     with contextlib.suppress(OSError):
-        return time.time() - folder.stat().st_mtime > 60
+        descriptor = _locked(folder)
+        if descriptor is not None:
+            os.close(descriptor)
+        return time.time() - folder.stat().st_mtime > (60 if descriptor is None else 2)
     return False
 
 

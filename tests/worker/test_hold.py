@@ -2,6 +2,10 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +141,42 @@ def test_an_evaluation_and_a_watch_never_both_have_a_hold(tmp_path: Path) -> Non
     held = take(tmp_path / "run" / "m_step1.pt")
     assert hold.drop(held)
     assert not hold.claim(held)
+
+
+def test_what_a_killed_watch_left_half_made_or_half_removed_goes_with_the_next_look(tmp_path: Path) -> None:
+    path = save(tmp_path / "run" / "m_step1.pt")
+    program = """
+import os, signal
+from test_hold import hold, Path, take
+os.{} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+{}
+"""
+    root = tmp_path / "run" / "evals" / ".hold"
+    for call, act in (("link", f"take(Path({str(path)!r}))"), ("unlink", f"hold.release(take(Path({str(path)!r})))")):
+        folder = str(Path(__file__).parent)
+        done = subprocess.run([sys.executable, "-c", program.format(call, act)], env={**os.environ, "PYTHONPATH": f"{folder}:{folder}/.."})
+        assert done.returncode == -signal.SIGKILL
+        (left,) = root.iterdir()
+        assert left.name.startswith("." if call == "link" else ".gone-")
+        if call == "link":
+            os.utime(left, (time.time() - 3,) * 2)
+        assert hold.held_in(root) == []
+        assert not root.exists(), call
+
+
+def test_what_is_half_made_by_somebody_who_lives_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "run" / "m_step1.pt")
+    link, root = os.link, tmp_path / "run" / "evals" / ".hold"
+
+    def slow(source: str, target: Path, follow_symlinks: bool) -> None:
+        (part,) = root.iterdir()
+        os.utime(part, (time.time() - 50,) * 2)
+        assert hold.held_in(root) == []
+        link(source, target, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(os, "link", slow)
+    held = take(path)
+    assert hold.held_in(root) == [held]
 
 
 def test_the_newest_are_held_as_far_as_count_and_bytes_allow() -> None:
