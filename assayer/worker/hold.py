@@ -119,10 +119,11 @@ def take(found: Found, identity: str, signature: str, variants: Sequence[str], r
     key = hold_key(found.checkpoint.path, identity)
     part = root / f".{key}-{secrets.token_hex(4)}"
     held = Held(root / key, found.checkpoint, identity, signature, tuple(variants), size_of(found))
-    root.parent.parent.stat()
-    part.mkdir(parents=True)
     lock = None
     try:
+        # Not what lies above: a directory that is away is not made anew.
+        for folder in (root.parent, root, part):
+            folder.mkdir(exist_ok=folder != part)
         lock = _locked(part)
         target = part / found.checkpoint.name
         for name in needed(listing, form):
