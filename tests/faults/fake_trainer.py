@@ -32,8 +32,8 @@ __all__ = ["FILES", "KINDS", "Orders", "Run", "busy", "spoken"]
 KINDS = {"file": "model_step{}.pt", "hf": "checkpoint-{}", "dcp": "step-{}"}
 # The files of those that are directories.
 FILES = {"hf": ("config.json", "model.safetensors", "trainer_state.json"), "dcp": (".metadata", "__0_0.distcp")}
-# Checkpoints that a run keeps at least, and at most before retention always takes one.
-FEWEST, MOST = 3, 12
+# How many checkpoints a run may keep, of which chance draws one for each: the fewest go before their evaluation has begun.
+KEPT = (2, 4, 12)
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Trainer:
         self.journal = open(orders.journal, "a", buffering=1)
         self.number = 0
         self.present: dict[str, list[tuple[str, str]]] = {run.folder: [] for run in orders.runs}
+        self.most = {run.folder: self.chance.choice(KEPT) for run in orders.runs}
         self.deleted: dict[str, list[tuple[str, str]]] = {run.folder: [] for run in orders.runs}
 
     def run(self) -> None:
@@ -102,7 +103,8 @@ class Trainer:
     def _act(self, run: Run) -> None:
         present = self.present[run.folder]
         word = self.chance.choices(["new", "again", "delete", "touch"], [5, 2, 3, 1])[0]
-        if (word == "delete" and len(present) > FEWEST) or len(present) > MOST:
+        most = self.most[run.folder]
+        if (word == "delete" and len(present) > min(3, most - 1)) or len(present) > most:
             # Retention takes the oldest, as a rule.
             self._delete(present.pop(0 if self.chance.random() < 0.7 else self.chance.randrange(len(present))))
         elif word == "again" and present:
