@@ -156,10 +156,11 @@ class _Trial:
     def run(self) -> None:
         folders = {run.folder: Path(run.folder) for run in self.runs}
         with Poller(self.house, folders, self.result_folders) as self.poller:
+            # First, because it takes seconds to begin.
+            self._train()
             self._give_foreground()
             for run in self.runs[1:]:
                 self._give_detached(run)
-            self._train()
             self._injure()
             settled = self._settle()
             self._judge(settled)

@@ -39,6 +39,32 @@ def patient(path):
     assert house.record("model_step1.pt", "patient") == first
 
 
+def test_what_was_held_is_evaluated_although_it_was_deleted_and_redis_lost_all_that_waited(house: House) -> None:
+    source = f"""
+import os, time, torch
+
+def gated(path):
+    while not os.path.exists({str(house.root / "go")!r}):
+        time.sleep(0.05)
+    return {{"mean": torch.load(path, weights_only=True)["w"].mean().item()}}
+"""
+    house.watch(evaluator=f"{house.file('gated.py', source)}:gated")
+    paths = [house.save(f"model_step{step}.pt", step) for step in (1, 2)]
+    holds = house.runs / "evals" / ".hold"
+    queue = open_queue(house.connection(), "evaluation")
+    until(lambda: queue.started_job_registry.count == 1 and len(queue) == 1)
+    for path in paths:
+        path.unlink()
+    house.connection().flushdb()
+    (house.root / "go").touch()
+    until(lambda: len(house.records()) == 2)
+    assert [(record["status"], record["metrics"]) for _, record in sorted(house.records().items())] == [
+        ("finished", {"mean": 1.0}),
+        ("finished", {"mean": 2.0}),
+    ]
+    until(lambda: not holds.exists())
+
+
 def test_a_job_that_is_handed_to_a_worker_in_the_moment_of_its_death_does_not_wait_for_a_minute(house: House) -> None:
     house.watch()
     (pid,) = until(lambda: house.workers("eval"))
