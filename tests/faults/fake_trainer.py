@@ -32,8 +32,8 @@ __all__ = ["FILES", "KINDS", "Orders", "Run", "busy", "spoken"]
 KINDS = {"file": "model_step{}.pt", "hf": "checkpoint-{}", "dcp": "step-{}"}
 # The files of those that are directories.
 FILES = {"hf": ("config.json", "model.safetensors", "trainer_state.json"), "dcp": (".metadata", "__0_0.distcp")}
-# How many checkpoints a run may keep, of which chance draws one for each: the fewest go before their evaluation has begun.
-KEPT = (2, 4, 12)
+# How many checkpoints the first run keeps, and each of the others, by chance: the fewest go before their evaluation has begun.
+KEPT_FIRST, KEPT = (2, 3), (2, 4, 12)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Trainer:
         self.journal = open(orders.journal, "a", buffering=1)
         self.number = 0
         self.present: dict[str, list[tuple[str, str]]] = {run.folder: [] for run in orders.runs}
-        self.most = {run.folder: self.chance.choice(KEPT) for run in orders.runs}
+        self.most = {run.folder: self.chance.choice(KEPT if run is not orders.runs[0] else KEPT_FIRST) for run in orders.runs}
         self.deleted: dict[str, list[tuple[str, str]]] = {run.folder: [] for run in orders.runs}
 
     def run(self) -> None:
