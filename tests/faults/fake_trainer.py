@@ -90,10 +90,13 @@ class Trainer:
             # One of every kind at once: also the shortest training has each.
             for kind in run.kinds:
                 self._in(run, lambda run=run, kind=kind: self._save_new(run, kind))
+        acts_at = 0.0
         while not os.path.exists(self.orders.stop) and os.getppid() == parent:
-            run = self.chance.choice(self.orders.runs)
-            self._in(run, lambda run=run: self._act(run))
-            time.sleep(min(5 * self.orders.pace, self.chance.expovariate(1 / self.orders.pace)))
+            if time.monotonic() > acts_at:
+                run = self.chance.choice(self.orders.runs)
+                self._in(run, lambda run=run: self._act(run))
+                acts_at = time.monotonic() + min(5 * self.orders.pace, self.chance.expovariate(1 / self.orders.pace))
+            time.sleep(0.05)
 
     def _in(self, run: Run, act: Any) -> None:
         with busy(run.lock) as free:

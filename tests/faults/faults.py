@@ -70,6 +70,8 @@ class Scenario:
     # How long it takes until a foreground command that was killed is given again: sooner or later than its watch ends.
     away: tuple[float, ...] = (0.0, 2.0, 12.0)
     settle: float = 240.0
+    # How long nothing may happen until it counts as at rest.
+    rest: float = 3.0
     retry_pause: float | None = None
 
 
@@ -277,7 +279,7 @@ class _Trial:
             self._keep_foreground()
             if self._is_at_rest():
                 rest = rest or time.monotonic()
-                if time.monotonic() - rest > 3:
+                if time.monotonic() - rest > self.scenario.rest:
                     self.outcome.counts["seconds until all was at rest"] = round(rest - began, 1)
                     return True
             else:

@@ -29,13 +29,14 @@ OTHERS = tuple(name for name in INJURIES if not name.startswith("kill"))
 SHORT = Scenario(
     0,
     seconds=40,
-    pause=0.5,
-    longest_stop=1.5,
+    pause=0.3,
+    longest_stop=1.0,
     slowest_evaluation=1.0,
     slowest_save=0.3,
     pace=0.5,
     runs=2,
-    away=(0.0, 1.0),
+    away=(0.0,),
+    rest=1.5,
     retry_pause=2.0,
 )
 
