@@ -30,6 +30,8 @@ OWN_FOLDERS = frozenset({"evals", "merged"})
 # Folders in which a trainer takes every entry for a checkpoint, and what it calls those.
 _COUNTED = (("checkpoints", r"checkpoint_\d+|.*\.ckpt|.*--.*=.*"), ("checkpoint", r"step-\d+"))
 
+_LETTERS = str.maketrans("0123456789", "ghijklmnop")
+
 # Bytes kept free after a checkpoint's name for "@<8 digits>.json.tmp-<random>".
 _ROOM = 40
 
@@ -150,8 +152,8 @@ def results_folder(checkpoint: Path, results_dir: str | None = None) -> Path:
 
 
 def hold_key(checkpoint: str, identity: str) -> str:
-    """The name of a hold: a digest of the checkpoint's path and its weights' identity."""
-    return digest(checkpoint, identity)[:16]
+    """The name of a hold: a digest of the checkpoint's path and its weights' identity; letters alone, so that no step is read from it."""
+    return digest(checkpoint, identity)[:16].translate(_LETTERS)
 
 
 @dataclass(frozen=True)
