@@ -45,7 +45,9 @@ class Foreground:
     def run(self) -> bool:
         """Returns once the watches have ended; True when an evaluation failed in a watch that ended by itself."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+            # Under nohup the terminal's end is nothing to heed.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
         by_user = self._show_until_ended()
         if by_user:
             self._end_by_user()

@@ -185,6 +185,22 @@ def test_sigterm_to_a_watch_its_workers_and_its_redis_loses_nothing(scene: Scene
     scene.house.shutdown("--now")
 
 
+def test_a_watch_under_nohup_outlives_its_terminal(house: House) -> None:
+    words = ["watch", "--directory", house.runs, "--evaluator", f"{house.evaluator}:mean", "--polling_interval", 1, "--eval_existing"]
+    command = ["nohup", sys.executable, "-m", "assayer", *map(str, words)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=house.environment) as process:
+        try:
+            house.save("model_step1.pt")
+            until(lambda: house.record("model_step1.pt"))
+            process.send_signal(signal.SIGHUP)
+            house.save("model_step2.pt")
+            until(lambda: house.record("model_step2.pt"))
+            assert process.poll() is None
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
 @pytest.mark.parametrize("kind", ["stubborn", pytest.param("exits", marks=pytest.mark.slow)])
 def test_an_evaluator_may_take_sigterm_as_it_likes(scene: Scene, kind: str) -> None:
     scene.watch("--retries", 0, "-E", f"kind={kind}")
