@@ -385,6 +385,7 @@ def main() -> None:
     parser.add_argument("minutes", type=float, help="how long faults go on")
     parser.add_argument("--seed", type=int, default=None, help="of the faults, their moments and the training")
     parser.add_argument("--pause", type=float, default=2.5, help="mean seconds between two faults")
+    parser.add_argument("--pace", type=float, default=1.0, help="mean seconds between two acts of the training; at 0.6 evaluations lag")
     options = parser.parse_args()
     # Ended from outside it cleans up, too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
@@ -393,7 +394,7 @@ def main() -> None:
         f"seed {seed}: {options.minutes:g} minutes of faults; every kind is in {', '.join(INJURIES)}; checkpoints of {', '.join(KINDS)}",
         flush=True,
     )
-    outcome = trial(Scenario(seed, seconds=options.minutes * 60, pause=options.pause))
+    outcome = trial(Scenario(seed, seconds=options.minutes * 60, pause=options.pause, pace=options.pace))
     if outcome.problems:
         print(outcome.story())
     print(outcome.table())
