@@ -83,6 +83,7 @@ def main(
         waited = remove_waiting(open_queue(connection, name))
         _say(f"queue {name}: took {_count(len(waited), 'waiting job')} out")
         taken += waited
+    _let_go(taken, all_ended=False, say=False)
     try:
         _stop_workers(where, now)
     except BaseException:
@@ -210,8 +211,9 @@ def _sweep_scratch(state: Path) -> None:
             Scratch(folder, None, lambda key: False).sweep()
 
 
-def _let_go(taken: list[Job], all_ended: bool) -> None:
+def _let_go(taken: list[Job], all_ended: bool, say: bool = True) -> None:
     """Releases the holds of what waited, but for those that are all that is left of a checkpoint: these the next watch evaluates."""
+    kept: dict[str, str] = {}
     for job in taken:
         facts = job.kwargs or {}
         held = hold.find(facts["checkpoint"], facts["identity"], facts["results_dir"]) if "checkpoint" in facts else None
@@ -219,7 +221,9 @@ def _let_go(taken: list[Job], all_ended: bool) -> None:
             # Another watch's evaluation may read it, unless all workers have ended.
             (hold.release if all_ended else hold.drop)(held)
         elif held:
-            _say(f"{held.checkpoint.path} was deleted by its trainer and is kept for the next watch: {held.path}")
+            kept[held.checkpoint.path] = held.path
+    for path, held_path in kept.items() if say else ():
+        _say(f"{path} was deleted by its trainer and is kept for the next watch: {held_path}")
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -105,6 +105,9 @@ def gather(connection: Connection | None, state: Path, chosen: Target, queues: l
     looks = any(worker["queue"] == queues[0] and worker["state"] != "dead" for worker in told["workers"])
     if any(watch["state"] == "running" for watch in watches) and not looks:
         told["problems"].append("no watch worker lives: nobody looks for checkpoints; give a watch command again, or assayer.shutdown")
+    waits = any(told["queues"][name]["queued"] for name in told["queues"] if name != queues[0])
+    if waits and not any(worker["queue"] == queues[1] and worker["state"] != "dead" for worker in told["workers"]):
+        told["problems"].append("no eval worker lives: nothing that waits is evaluated; start one with assayer.worker")
     failures = [c for w in watches if w["state"] != "ended" for c in w["checkpoints"] if c["state"] in BAD]
     told["failed"] = [{key: c[key] for key in ("path", "evaluator", "state", "error", "reason", "log")} for c in failures]
     return told

@@ -120,6 +120,11 @@ def connect(url: str, patience: float = 5.0, retries: int = COMMAND_RETRIES) -> 
         first = redis.Redis.from_url(url, socket_connect_timeout=patience, socket_timeout=patience, retry=Retry(_backoff(), 0))
         with first:
             first.ping()
+    except redis.AuthenticationError:
+        raise RedisError(
+            f"the Redis at {printable(without_password(url))} wants another user or password: "
+            f"{URL_VARIABLE}=redis://USER:PASSWORD@host:port/0"
+        ) from None
     except (redis.RedisError, OSError, ValueError, TypeError) as error:
         # A URL can hold a password, an error's text the URL. (A TypeError tells of an option that redis-py does not know.)
         reason = printable(" ".join(_without_secrets(str(error), url).split()))

@@ -186,8 +186,13 @@ class Server:
         while True:
             try:
                 with _one_try(facts["socket"]) as connection:
+                    # While it reads its data it answers INFO, and nothing that a command needs.
+                    connection.ping()
                     pid = connection.info("server")["process_id"]
                 break
+            except redis.exceptions.BusyLoadingError:
+                deadline = time.monotonic() + START_TIMEOUT
+                time.sleep(0.02)
             except (redis.RedisError, OSError) as error:
                 if not self.is_running():
                     raise RedisError(f"the embedded Redis ended while it started: {self._last_log_line()}") from None

@@ -28,7 +28,7 @@ from assayer.session import Session
 from assayer.watch.diff import baseline_of
 from assayer.watch.dry_run import show_dry_run
 from assayer.watch.foreground import Foreground
-from assayer.watch.look import Memory, directories_of, in_thread, see
+from assayer.watch.look import Memory, directories_of, in_thread, see_all
 from assayer.watch.ready import Seen
 from assayer.worker.launch import Crew, Slot, eval_slots, watch_slots
 
@@ -267,7 +267,7 @@ def _common(flags: dict[str, Any], cwd: Path, now: float) -> dict[str, Any]:
     """The fields of a plan that are the same for every directory and evaluator of this command."""
     kept = ("regex_filter", "max_depth", "quiet_period", "order", "latest_only", "every", "timeout", "retries", "hold", "once")
     fields = {name: flags[name] for name in (*kept, "until_idle", "until_step")}
-    fields["hold_bytes"] = None if flags["hold_bytes"] is None else size_in_bytes(flags["hold_bytes"])
+    fields["hold_bytes"] = _size(flags, "hold_bytes")
     fields["hold_min_free"] = flags["hold_min_free"] / 100
     for name in ("results_dir", "until_file"):
         fields[name] = None if flags[name] is None else _absolute(flags[name], cwd)
@@ -294,8 +294,18 @@ def _merging(flags: dict[str, Any], cwd: Path) -> Merging:
     if rules is not None and rules not in KEY_MAPS:
         rules = _absolute(rules, cwd)
     key_map(rules)
-    size = None if flags["scratch_bytes"] is None else size_in_bytes(flags["scratch_bytes"])
+    size = _size(flags, "scratch_bytes")
     return Merging(mode=flags["merge"], dtype=flags["dtype"], key_map=rules, scratch_bytes=size, **found)
+
+
+def _size(flags: dict[str, Any], name: str) -> int | None:
+    """The bytes that a flag tells, None where it is not given."""
+    if flags[name] is None:
+        return None
+    try:
+        return size_in_bytes(flags[name])
+    except UsageError as error:
+        raise UsageError(f"--{name}: {error}") from None
 
 
 def _make_results_dir(path: Path) -> None:
@@ -428,10 +438,10 @@ def _with_baselines(plans: list[Plan], store: PlanStore, keep: bool, empty: bool
 
 def _what_is_there(plan: Plan) -> list[Seen]:
     memory = Memory()
-    seen = in_thread(lambda: see(plan, memory, time.time()), LISTING_TIMEOUT, progress=lambda: memory.count)
+    seen = in_thread(lambda: see_all(plan, memory, time.time()), LISTING_TIMEOUT, progress=lambda: memory.count)
     if seen is None:
         raise StateError(f"{printable(plan.directory)} has not answered for {LISTING_TIMEOUT} s; is its file system up?")
-    return seen[0]
+    return seen
 
 
 def _announce(plans: list[Plan], chosen: Target, started: list[str], console: Console) -> None:

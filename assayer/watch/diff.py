@@ -65,7 +65,8 @@ def _decide(plan: Plan, baseline: Baseline, seen: Seen, record_of: Callable[[See
     except OSError as error:
         return Decision(seen, "writing", f"its record cannot be read: {error.strerror}")
     if record and (counts(plan, record) or (seen.gone and record.status == "vanished")):
-        return Decision(seen, "done", _change(plan, record), record)
+        said = record.notes if record.status == "skipped" else []
+        return Decision(seen, "done", "; ".join(part for part in [*said, _change(plan, record)] if part), record)
     if plan.weights not in seen.variants and not seen.gone:
         return Decision(seen, "skipped", f"holds no {'EMA' if plan.weights == 'ema' else plan.weights} weights")
     number = seen.checkpoint.position.number

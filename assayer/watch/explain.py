@@ -15,6 +15,7 @@ from assayer.errors import UsageError
 from assayer.files import printable
 from assayer.plan import Baseline, Plan, PlanStore
 from assayer.queues import Connection
+from assayer.queues.board import Board
 from assayer.queues.enqueue import job_id, open_queue
 from assayer.record import OWN_FOLDERS, Place, read
 from assayer.watch.diff import Decision, decide
@@ -57,7 +58,7 @@ class Explained:
             told.append(("whole", ("yes" if self.whole else f"no: {self.missing}") + since))
             told.append(("identity", self.identity or "not known before it is whole"))
             if self.needs:
-                told.append(("needs", f"{self.needs['files']} files of {self.needs['of']}, {self.needs['bytes']:,} bytes"))
+                told.append(("needs", f"{self.needs['files']} of its {self.needs['of']} files, {self.needs['bytes']:,} bytes"))
         if self.format or self.held:
             told.append(("held", self.held or "no"))
         for watch in self.watches:
@@ -88,15 +89,17 @@ def explain(path: str, plans: list[Plan], store: PlanStore, connection: Connecti
         found = formats.identify_path(path)
     except FileNotFoundError:
         found = None
-        if held is None and not any(_place(plan, path).record.exists() for plan in looking):
+        is_known = any(_place(plan, path).record.exists() or _sight(plan, path, connection) for plan in looking)
+        if held is None and not is_known:
             raise UsageError(f"nothing lies at {printable(path)}, nothing is held of it, and no watch has a record of it") from None
         return Explained(
             path, why="nothing lies there any more", held=_told_of(held), watches=[_gone(p, path, held, connection) for p in looking]
         )
     except OSError as error:
         return Explained(path, why=f"it cannot be read: {error.strerror}", watches=[_passing(plan) for plan in looking])
-    if found is None:
-        return Explained(path, why=_why_none(path), held=_told_of(held), watches=[_passing(plan) for plan in looking])
+    passed_over = _passed_over(path)
+    if found is None or passed_over:
+        return Explained(path, why=passed_over or _why_none(path), held=_told_of(held), watches=[_passing(plan) for plan in looking])
     now = time.time()
     quiet = max((plan.quiet_period for plan in looking), default=30.0)
     seen = examine(found, None, now, True, quiet)
@@ -128,21 +131,30 @@ def _why(found: Found) -> str:
     return f"it holds {shown or 'the names of one, and no weights yet'}{over}"
 
 
-def _why_none(path: str) -> str:
-    name = os.path.basename(path)
+def _passed_over(path: str) -> str:
+    """Why no look takes this path for a checkpoint, whatever it holds; empty where it may be one."""
     if os.path.islink(path):
         return "it is a symbolic link, which a watch does not follow"
-    if is_temporary(name):
+    if is_temporary(os.path.basename(path)):
         return "its name says that it is not finished, or hidden"
     if OWN_FOLDERS.intersection(Path(path).parts):
         return "it lies in a folder of assayer's own"
-    above = formats.identify_path(os.path.dirname(path))
-    if above:
-        return f"it is a part of {os.path.dirname(path)} ({above.checkpoint.format})"
+    folder = os.path.dirname(path)
+    above = formats.identify_path(folder)
+    if above is None:
+        return ""
+    form = formats.of(above.checkpoint)
+    is_part = os.path.isfile(path) and (
+        above.checkpoint.position.number is not None or os.path.basename(path) in form.weights(above.listing)
+    )
+    return f"it is a part of {folder} ({above.checkpoint.format})" if is_part else ""
+
+
+def _why_none(path: str) -> str:
     if not os.path.isdir(path):
         return "no format knows a file of this name"
     count = len(os.listdir(path))
-    return f"it is a directory of {count} entries, and no format knows their names; checkpoints may lie in it"
+    return f"it is a directory of {count} entries, which are not one checkpoint; checkpoints may lie in it"
 
 
 def _held(path: str, plans: list[Plan]) -> Held | None:
@@ -156,7 +168,7 @@ def _held(path: str, plans: list[Plan]) -> Held | None:
 def _told_of(held: Held | None) -> str:
     if held is None:
         return ""
-    return f"yes, as {held.path} (identity {held.identity[:8]}, {'read by an evaluation' if held.is_claimed else 'waiting'})"
+    return f"yes, as {held.path} (identity {held.identity[:8]}, {'read by an evaluation' if hold.is_read(held) else 'waiting'})"
 
 
 def _place(plan: Plan, path: str) -> Place:
@@ -219,11 +231,23 @@ def _passing(plan: Plan) -> dict[str, Any]:
     return _said(plan, "looks here" if plan.active else "has ended", "", "nothing, as long as this is no checkpoint")
 
 
+def _sight(plan: Plan, path: str, connection: Connection | None) -> dict[str, Any] | None:
+    """What the watch has on the board of a checkpoint that waits."""
+    if connection is None:
+        return None
+    sight = Board(connection, plan.watch_queue).sights(plan.id).get(path)
+    return sight if sight and sight["state"] in ("queued", "failing") else None
+
+
 def _gone(plan: Plan, path: str, held: Held | None, connection: Connection | None) -> dict[str, Any]:
     """One watch's view of a checkpoint that is not there any more."""
     if held:
         told = _in_flight(plan, path, held.identity, connection)
-        return told or _said(plan, "deleted", "a second name of it is held", "the next look queues it, unless it has a record")
+        when = "the next look" if plan.active else "the next watch"
+        return told or _said(plan, "deleted", "a second name of it is held", f"{when} queues it, unless it has a record")
+    sight = _sight(plan, path, connection)
+    if sight:
+        return _said(plan, sight["state"], sight["reason"], "its record will say that it vanished, unless an evaluation reads it now")
     place = _place(plan, path)
     record = read(place.record)
     if record:

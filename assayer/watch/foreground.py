@@ -77,7 +77,9 @@ class Foreground:
             return self._signals > 0
         with Live(console=self.console, auto_refresh=False, transient=True) as live:
             while self._look() and not self._signals:
-                title = f"{len(self.rows)} checkpoints; Ctrl-C ends this watch"
+                title = (
+                    f"{len(self.rows)} evaluations; {'Ctrl-C leaves, the watch runs on' if self._runs_on() else 'Ctrl-C ends this watch'}"
+                )
                 live.update(self._table(title, limit=max(3, self.console.height - MARGIN)), refresh=True)
                 time.sleep(STEP)
         return self._signals > 0
@@ -113,13 +115,18 @@ class Foreground:
         stored = self._store.read(plan.id)
         return stored is not None and stored.active and (stored.redis, stored.host) == (plan.redis, plan.host)
 
+    def _runs_on(self) -> bool:
+        """True when none of the watches ends with this command: they were detached, or another command stands for them."""
+        stored = [self._store.read(plan.id) for plan in self.plans]
+        return all(plan is not None and plan.detached for plan in stored)
+
     def _end_by_user(self) -> None:
         """Ends this command's watches: those that no other foreground command stands for, and that were not detached."""
         self._look()
         if not self.console.is_terminal:
             self.events.show(self.rows)
         elif self.rows:
-            self.console.print(self._table())
+            self.console.print(self._table(limit=max(3, self.console.height - MARGIN)))
         held = held_plans(self.crew.state, but=os.getpid())
         for plan in self.plans:
             stored = self._store.read(plan.id)
@@ -130,6 +137,8 @@ class Foreground:
                 except redis.RedisError:
                     self.events.say(f"{self.crew.target.name} does not answer; the watch is ended on disk")
                 self.events.say(f"ended the watch of {plan.directory} with {plan.label}; the next one goes on where it stopped")
+            elif stored and stored.active:
+                self.events.say(f"the watch of {plan.directory} with {plan.label} runs on (assayer.shutdown ends it)")
 
     def _leave(self) -> None:
         """Waits for the workers to end when nothing on this host needs them any more; one more signal ends a running evaluation, too."""
@@ -141,7 +150,8 @@ class Foreground:
         while self.crew.is_staffed() and not self.crew.has_plans():
             if (self._signals > seen or self._terminated) and not hurried:
                 hurried = True
-                self.events.say("ending the running evaluation; it goes back to the queue")
+                if self._is_busy():
+                    self.events.say("ending the running evaluation; it goes back to the queue")
                 self.crew.stop("now")
             elif said and not hurried and time.monotonic() > said and self._is_busy():
                 self.events.say("waiting for the running evaluation; Ctrl-C again ends it at once")

@@ -23,7 +23,7 @@ from assayer.watch.scan import scan
 from assayer.watch.survey import Survey, Terms
 from assayer.worker.hold import Held
 
-__all__ = ["Look", "Lookout", "Memory", "directories_of", "in_thread", "look", "see"]
+__all__ = ["Look", "Lookout", "Memory", "directories_of", "in_thread", "look", "see", "see_all"]
 
 T = TypeVar("T")
 
@@ -104,6 +104,13 @@ def see(plan: Plan, memory: Memory, now: float, terms: Terms | None = None) -> t
     if plan.is_pattern and not directories:
         problems.append(f"no directory matches {printable(plan.directory)} yet")
     return seen, problems, not read_one
+
+
+def see_all(plan: Plan, memory: Memory, now: float) -> list[Seen]:
+    """Everything that is there when a watch begins, what is held of deleted checkpoints included."""
+    seen, _, _ = see(plan, memory, now)
+    _find_holds(plan, memory)
+    return seen + _held_only(plan, memory, seen, memory.protection.held(plan), now)
 
 
 def look(

@@ -152,6 +152,8 @@ def _protect_folder(
             state.notes[path] = "not protected from deletion (--hold 0)"
         elif scarce:
             state.notes[path] = f"not protected from deletion: less than {bounds.min_free:.0%} of its file system is free (--hold_min_free)"
+        elif bounds.nbytes is not None and _size(seen) > bounds.nbytes:
+            state.notes[path] = f"not protected from deletion: larger than --hold_bytes {bounds.nbytes}"
         elif key not in kept:
             limit = f"--hold {bounds.count}" if bounds.nbytes is None or len(kept) >= bounds.count else f"--hold_bytes {bounds.nbytes}"
             state.notes[path] = f"not protected from deletion: newer ones are held ({limit})"

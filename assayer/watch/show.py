@@ -187,8 +187,15 @@ def table_of(rows: list[Row], title: str | None = None, limit: int | None = None
     return Group(*([table] if shown or not notes else []), *notes)
 
 
+def _in_brackets(row: Row) -> str:
+    """Why a row is queued again, or what there is to say of it while it waits."""
+    if row.state != "queued" or not row.reason:
+        return ""
+    return f"{' again' if row.attempts else ''} ({printable(row.reason)})"
+
+
 def _most_telling(rows: list[Row], limit: int) -> list[Row]:
-    active = [row for row in rows if row.state in _ACTIVE]
+    active = sorted((row for row in rows if row.state in _ACTIVE), key=lambda row: row.state != "running")
     others = [row for row in rows if row.state not in _ACTIVE]
     room = limit - min(len(others), max(min(SETTLED_SHOWN, limit // 2), limit - len(active)))
     chosen = {id(row) for row in [*active[:room], *others[room - limit :]]}
@@ -226,7 +233,7 @@ class Events:
     def _line(self, row: Row) -> None:
         name = f"{printable(row.name)} {row.evaluator}"
         if row.state in ("queued", "running"):
-            self.say(f"-> {name} {row.state}" + (f" again ({printable(row.reason)})" if row.reason and row.state == "queued" else ""))
+            self.say(f"-> {name} {row.state}{_in_brackets(row)}")
         elif row.state == "writing":
             self.say(f".. {name} not ready: {printable(row.reason)}")
         elif row.state not in ("baseline", "skipped", "due"):
