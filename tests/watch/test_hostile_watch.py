@@ -58,7 +58,8 @@ def test_a_look_at_what_is_hostile_ends_with_a_sentence_each(tmp_path: Path, sce
     assert street.around() == around
 
 
-@pytest.mark.parametrize("scene", [scene if scene == "links" else pytest.param(scene, marks=pytest.mark.slow) for scene in SCENES])
+@pytest.mark.slow
+@pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.timeout(300)
 def test_a_watch_goes_on_beside_what_is_hostile(house: House, scene: str) -> None:
     # Given: a good checkpoint among hostile things
