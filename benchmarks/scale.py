@@ -245,7 +245,7 @@ def sleeper(directory: str, known: list[str], interval: float, limit: float) -> 
     time.sleep(interval)
     if time.time() < limit:
         queue = Queue(job.origin, connection=job.connection, serializer=JSONSerializer)
-        queue.enqueue(sleeper, directory, present, interval, limit, job_timeout=3600)
+        queue.enqueue("scale.sleeper", directory, present, interval, limit, job_timeout=3600)
 
 
 def side_by_side(bench: Bench, count: int, saves: int) -> None:

@@ -9,6 +9,7 @@ def test_accelerate_keeps_the_checkpoints_that_it_keeps_without_a_watch(house: H
     assert rotate(house, "accelerate") == ["checkpoint_2", "checkpoint_3"]
 
 
+@pytest.mark.slow
 def test_accelerate_trains_and_resumes_beside_what_a_watch_has_left(house: House) -> None:
     assert_undisturbed(*Scene(house, "accelerate").train_beside_evals())
 

@@ -9,6 +9,7 @@ def test_the_hf_trainer_keeps_the_checkpoints_that_it_keeps_without_a_watch(hous
     assert rotate(house, "hf_trainer") == ["checkpoint-3", "checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_the_hf_trainer_trains_and_resumes_beside_what_a_watch_has_left(house: House) -> None:
     assert_undisturbed(*Scene(house, "hf_trainer").train_beside_evals())
 

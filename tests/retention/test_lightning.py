@@ -9,6 +9,7 @@ def test_lightning_keeps_the_checkpoints_that_it_keeps_without_a_watch(house: Ho
     assert rotate(house, "lightning") == ["epoch=2-step=3.ckpt", "epoch=3-step=4.ckpt", "last.ckpt"]
 
 
+@pytest.mark.slow
 def test_lightning_trains_and_resumes_beside_what_a_watch_has_left(house: House) -> None:
     assert_undisturbed(*Scene(house, "lightning").train_beside_evals())
 

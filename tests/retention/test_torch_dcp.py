@@ -9,6 +9,7 @@ def test_torchtitan_keeps_the_checkpoints_that_it_keeps_without_a_watch(house: H
     assert rotate(house, "torchtitan") == ["step-3", "step-4"]
 
 
+@pytest.mark.slow
 def test_torchtitan_trains_and_resumes_beside_what_a_watch_has_left(house: House) -> None:
     assert_undisturbed(*Scene(house, "torchtitan").train_beside_evals())
 
