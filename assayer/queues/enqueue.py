@@ -298,9 +298,12 @@ def _shared_key(name: str) -> str:
 
 
 def is_wanted(connection: Connection, shared: str, done: str | None = None) -> bool:
-    """True while a job waits or runs that needs this merge or hold; the job ``done``, which is at its end, no longer counts."""
-    if done is not None:
-        connection.srem(_shared_key(shared), done)
+    """True while a job waits or runs that needs this merge or hold; the job ``done``, which is at its end, no longer counts.
+
+    Also True where ``done`` was not noted: then Redis has lost who needs it, and the next look decides.
+    """
+    if done is not None and not connection.srem(_shared_key(shared), done):
+        return True
     jobs = [member.decode() for member in connection.smembers(_shared_key(shared))]
     return any(is_in_flight(status) for status in statuses(connection, jobs).values())
 

@@ -20,11 +20,11 @@ class Sights:
         self.active: dict[str, dict[str, Any]] = {}
         self._settled: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in SETTLED_MAX}
         self._left_out = 0
-        self._version: int | None = None
+        self._is_read = False
 
     def publish(self, board: Board, plan_id: str, states: dict[str, dict[str, Any]], look: Look) -> bool:
         """Brings the board up to date; True when a checkpoint has come, gone or changed its state."""
-        if look.is_anew or self._version is None:
+        if look.is_anew or not self._is_read:
             self._read(board, plan_id)
         if not states and not self.active:
             return False
@@ -52,7 +52,7 @@ class Sights:
 
     def _read(self, board: Board, plan_id: str) -> None:
         """Takes over what an earlier process has left there."""
-        self.active, self._settled, self._left_out, self._version = {}, {kind: {} for kind in SETTLED_MAX}, 0, 0
+        self.active, self._settled, self._left_out, self._is_read = {}, {kind: {} for kind in SETTLED_MAX}, 0, True
         for path, sight in board.sights(plan_id).items():
             if sight["state"] in _UNDER_WAY:
                 self.active[path] = sight
