@@ -34,7 +34,7 @@ def left(scratch: Scratch) -> set[str]:
 
 def test_two_evaluations_read_one_merge_side_by_side(tmp_path: Path) -> None:
     made: list[str] = []
-    together = threading.Barrier(2, timeout=20)
+    together = threading.Barrier(2, timeout=90)
     told: list[bool] = []
 
     def evaluate() -> None:
