@@ -21,6 +21,7 @@ __all__ = [
     "alone",
     "digest",
     "is_locked",
+    "is_open_as",
     "lock_file",
     "locked",
     "natural_key",
@@ -245,7 +246,7 @@ def alone(path: Path) -> Iterator[int]:
         descriptor = lock_file(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not _is_open_as(descriptor, path):
+            if not is_open_as(descriptor, path):
                 # Whoever had it has removed it.
                 continue
             yield descriptor
@@ -255,7 +256,8 @@ def alone(path: Path) -> Iterator[int]:
             os.close(descriptor)
 
 
-def _is_open_as(descriptor: int, path: Path) -> bool:
+def is_open_as(descriptor: int, path: Path) -> bool:
+    """False when the file of this path was removed, and perhaps made anew, since it was opened."""
     try:
         return os.fstat(descriptor).st_ino == path.stat().st_ino
     except FileNotFoundError:

@@ -19,6 +19,7 @@ from assayer.queues.board import Board
 from assayer.queues.enqueue import job_id, open_queue
 from assayer.record import OWN_FOLDERS, Place, read
 from assayer.watch.diff import Decision, decide
+from assayer.watch.look import place_of
 from assayer.watch.ready import Seen, examine, why_not
 from assayer.watch.scan import filtered, is_temporary
 from assayer.worker import hold
@@ -89,7 +90,7 @@ def explain(path: str, plans: list[Plan], store: PlanStore, connection: Connecti
         found = formats.identify_path(path)
     except FileNotFoundError:
         found = None
-        is_known = any(_place(plan, path).record.exists() or _sight(plan, path, connection) for plan in looking)
+        is_known = any(place_of(plan, path).record.exists() or _sight(plan, path, connection) for plan in looking)
         if held is None and not is_known:
             raise UsageError(f"nothing lies at {printable(path)}, nothing is held of it, and no watch has a record of it") from None
         return Explained(
@@ -171,10 +172,6 @@ def _told_of(held: Held | None) -> str:
     return f"yes, as {held.path} (identity {held.identity[:8]}, {'read by an evaluation' if hold.is_read(held) else 'waiting'})"
 
 
-def _place(plan: Plan, path: str) -> Place:
-    return Place.of(path, plan.evaluator.name, plan.results_dir, plan.weights)
-
-
 def _watched(plan: Plan, store: PlanStore, seen: Seen, now: float, connection: Connection | None) -> dict[str, Any]:
     """One watch's view of a checkpoint that is there."""
     depth = len(Path(os.path.relpath(seen.checkpoint.path, plan.root)).parts)
@@ -183,7 +180,7 @@ def _watched(plan: Plan, store: PlanStore, seen: Seen, now: float, connection: C
     if not filtered([Found(seen.checkpoint, seen.listing)], plan.root, plan.regex_filter):
         return _said(plan, "not looked at", f"--regex_filter {plan.regex_filter} does not match", "nothing")
     baseline = store.baseline(plan) if plan.baseline else Baseline()
-    place = _place(plan, seen.checkpoint.path)
+    place = place_of(plan, seen.checkpoint.path)
     (decision,) = decide(plan, baseline, [seen], lambda s: place.find(s.identity or ""), now)
     return _decided(plan, decision, connection)
 
@@ -191,7 +188,7 @@ def _watched(plan: Plan, store: PlanStore, seen: Seen, now: float, connection: C
 def _decided(plan: Plan, decision: Decision, connection: Connection | None) -> dict[str, Any]:
     seen, record = decision.seen, decision.record
     if record:
-        place = _place(plan, seen.checkpoint.path)
+        place = place_of(plan, seen.checkpoint.path)
         again = "nothing until it is saved again (--reevaluate, or for a failure --retry_failed, evaluates it once more)"
         return _said(plan, f"recorded as {record.status}", f"{place.record}, {record.ended}", again)
     if decision.state == "baseline":
@@ -248,7 +245,7 @@ def _gone(plan: Plan, path: str, held: Held | None, connection: Connection | Non
     sight = _sight(plan, path, connection)
     if sight:
         return _said(plan, sight["state"], sight["reason"], "its record will say that it vanished, unless an evaluation reads it now")
-    place = _place(plan, path)
+    place = place_of(plan, path)
     record = read(place.record)
     if record:
         said = f": {record.error['message']}" if record.error else ""

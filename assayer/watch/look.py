@@ -23,7 +23,7 @@ from assayer.watch.scan import scan
 from assayer.watch.survey import Survey, Terms
 from assayer.worker.hold import Held
 
-__all__ = ["Look", "Lookout", "Memory", "directories_of", "in_thread", "look", "see", "see_all"]
+__all__ = ["Look", "Lookout", "Memory", "directories_of", "in_thread", "look", "place_of", "see", "see_all"]
 
 T = TypeVar("T")
 
@@ -184,7 +184,7 @@ def look(
 
 def _settle(plan: Plan, memory: Memory, decision: Decision) -> None:
     path = decision.seen.checkpoint.path
-    folder = str(_place(plan, path).folder) if decision.record else None
+    folder = str(place_of(plan, path).folder) if decision.record else None
     for survey in memory.surveys.values():
         if survey.seen.get(path) is decision.seen:
             survey.settle(decision.seen, folder)
@@ -238,18 +238,19 @@ def _training_ended(plan: Plan, memory: Memory, idle_since: float, now: float) -
     return plan.until_idle is not None and now - idle_since >= plan.until_idle
 
 
-def _place(plan: Plan, path: str) -> Place:
+def place_of(plan: Plan, path: str) -> Place:
+    """Where a watch's results of the checkpoint at this path lie."""
     return Place.of(path, plan.evaluator.name, plan.results_dir, plan.weights)
 
 
 def _record(plan: Plan, seen: Seen) -> Record | None:
-    return _place(plan, seen.checkpoint.path).find(seen.identity or "")
+    return place_of(plan, seen.checkpoint.path).find(seen.identity or "")
 
 
 def _recall(plan: Plan, path: str, signature: str) -> str | None:
     """The identity of a checkpoint that was evaluated and has not been touched since."""
     try:
-        record = read(_place(plan, path).record)
+        record = read(place_of(plan, path).record)
     except OSError:
         return None
     return record.identity if record and record.signature == signature and counts(plan, record) else None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from assayer.errors import StateError, UsageError
-from assayer.files import is_locked, lock_file, locked, printable, private_directory, read_json, write_json
+from assayer.files import is_locked, is_open_as, lock_file, locked, printable, private_directory, read_json, write_json
 
 __all__ = ["Scratch"]
 
@@ -85,14 +85,14 @@ class Scratch:
             descriptor = lock_file(lock)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
-                if not _is_same(descriptor, lock):
+                if not is_open_as(descriptor, lock):
                     os.close(descriptor)
                     continue
                 if _is_complete(path):
                     return descriptor, made
                 # The lock may pass to another in between: whoever gets it alone looks again.
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                if _is_same(descriptor, lock) and not _is_complete(path):
+                if is_open_as(descriptor, lock) and not _is_complete(path):
                     self._make(key, path, make)
                     made = True
                 os.close(descriptor)
@@ -150,7 +150,7 @@ class Scratch:
         descriptor = lock_file(lock)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_same(descriptor, lock):
+            if is_open_as(descriptor, lock):
                 self._clear(key)
                 lock.unlink()
         except (BlockingIOError, FileNotFoundError):
@@ -178,14 +178,6 @@ def _boot() -> str:
 def _is_complete(path: Path) -> bool:
     facts = read_json(path.parent / _FACTS)
     return isinstance(facts, dict) and facts.get("boot") == _boot() and path.is_dir()
-
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    """False when the lock file was removed, and perhaps made anew, since it was opened."""
-    try:
-        return os.fstat(descriptor).st_ino == path.stat().st_ino
-    except FileNotFoundError:
-        return False
 
 
 def _number(path: Path) -> int:
