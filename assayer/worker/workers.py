@@ -318,8 +318,12 @@ class WatchWorker(_Ours, SimpleWorker):
         self.scheduler = _Scheduler(self.queues, connection=self.connection, serializer=JSONSerializer, logging_level="WARNING")
         for queue in self.queue_names():
             free_scheduler_lock(self.connection, queue)
+        # Known before it has a lock, by this process until its own begins: killed in between, it would hold the lock as nobody's.
+        self.scheduler.register_birth()
         if self.scheduler.acquire_locks():  # type: ignore[no-untyped-call]
             self.scheduler.start()
+        else:
+            self.scheduler.register_death()
 
     def _end_children(self) -> None:
         """The scheduler lets go of its lock, so that another can begin at once."""

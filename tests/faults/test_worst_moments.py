@@ -2,12 +2,17 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 from conftest import House, until
 from injuries import Scene
+from rq.scheduler import RQScheduler
 
+from assayer.queues import Connection
 from assayer.queues.enqueue import open_queue
+from assayer.queues.recover import free_scheduler_lock
 
 
 def test_a_queue_that_is_lost_under_a_running_evaluation_makes_no_second_record(house: House) -> None:
@@ -85,6 +90,24 @@ def test_a_killed_watch_workers_successor_has_its_scheduler_at_once(house: House
     until(lambda: scene.pids("scheduler"))
     os.kill(pid, signal.SIGKILL)
     until(lambda: scene.pids("watch worker") not in ([], [pid]) and scene.pids("scheduler"), 20)
+
+
+def test_a_scheduler_that_is_killed_before_it_has_begun_keeps_no_lock(connection: Connection) -> None:
+    code = """
+import os, sys
+from assayer.queues.connect import connect
+from assayer.worker.workers import WatchWorker, _Scheduler
+
+_Scheduler.start = lambda self: os._exit(9)
+connection = connect(sys.argv[1])
+WatchWorker("watch", connection, name="it")._start_scheduler()
+"""
+    socket = connection.connection_pool.connection_kwargs["path"]
+    assert subprocess.run([sys.executable, "-c", code, f"unix://{socket}"], timeout=60, check=False).returncode == 9
+    key = RQScheduler.get_locking_key("watch")
+    assert connection.exists(key)
+    assert free_scheduler_lock(connection, "watch")
+    assert not connection.exists(key)
 
 
 def _scene(house: House) -> Scene:
