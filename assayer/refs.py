@@ -1,4 +1,4 @@
-"""One rule that turns ``path/to/file.py:fn``, ``pkg.mod.fn`` or ``pkg.mod:fn`` into a function of the user's.
+"""One rule that turns ``path/to/file.py:fn``, ``pkg.mod.fn``, ``pkg.mod:fn`` or the name of a built-in evaluator into a function.
 
 A reference is made absolute where the command is given and travels as plain data; it is imported only where it is needed: in the child
 process that evaluates, and once, in a subprocess, when the command is given.
@@ -15,15 +15,16 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from assayer.errors import EvaluatorError
 from assayer.files import digest, printable
 
-__all__ = ["PACKAGE_PARENT", "Reference", "check", "functions_in", "load", "parse", "source_digest"]
+__all__ = ["FILLED", "PACKAGE_PARENT", "Reference", "builtin_module", "builtins", "check", "functions_in", "load", "parse", "source_digest"]
 
 # Seconds that the import of an evaluator may take when a command is given; torch from a cold network disk takes most of a minute.
 IMPORT_TIMEOUT = 300
@@ -31,7 +32,20 @@ IMPORT_TIMEOUT = 300
 # The folder that holds this package: a subprocess that starts there finds it, installed or not.
 PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent)
 
-_FORMS = "path/to/file.py:function, pkg.module.function or pkg.module:function"
+# The parameters of an evaluator that are filled where they are named and no argument gives them.
+FILLED = ("step", "original_path", "weights", "output_dir", "samples_path", "progress", "details")
+
+# The package whose modules are the built-in evaluators, each with a function of this name.
+_BUILTIN, _FUNCTION = "assayer.evaluators", "evaluate"
+
+
+def builtins() -> list[str]:
+    """The names of the built-in evaluators: the files of ``assayer/evaluators``."""
+    folder = Path(__file__).resolve().parent / "evaluators"
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem[0] != "_")
+
+
+_FORMS = f"path/to/file.py:function, pkg.module.function, pkg.module:function, or a built-in one: {', '.join(builtins())}"
 
 
 @dataclass(frozen=True)
@@ -51,20 +65,35 @@ class Reference:
         return os.path.isabs(self.target)
 
     @property
+    def builtin(self) -> str | None:
+        """The name of the built-in evaluator that this is, else None."""
+        package, _, name = self.target.rpartition(".")
+        return name if package == _BUILTIN else None
+
+    @property
+    def name(self) -> str:
+        """What an evaluator is called that was given no name."""
+        return self.builtin or self.function
+
+    @property
     def folders(self) -> list[str]:
         """The folders that imports are looked up in first: the file's own, then the one in which the command was given."""
+        if self.builtin:
+            return []
         return [str(Path(self.target).parent), self.cwd] if self.is_file else [self.cwd]
 
     def __str__(self) -> str:
-        return f"{self.target}:{self.function}"
+        return self.builtin or f"{self.target}:{self.function}"
 
 
 def parse(text: str, cwd: Path) -> Reference:
     """The reference that ``text`` means when given in the folder ``cwd``; nothing is imported.
 
     Raises:
-        EvaluatorError: it has none of the three forms, or the file does not exist.
+        EvaluatorError: it has none of the forms, or the file does not exist.
     """
+    if text in builtins():
+        return Reference(f"{_BUILTIN}.{text}", _FUNCTION, str(cwd))
     file, colon, function = text.rpartition(":")
     if colon and file.endswith(".py"):
         path = Path(os.path.abspath(cwd / Path(file).expanduser()))
@@ -148,18 +177,25 @@ def load(reference: Reference) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def check(reference: Reference, arguments: list[str], torch_elsewhere: bool) -> str | None:
+def builtin_module(reference: Reference) -> ModuleType | None:
+    """The module of a built-in evaluator, imported now; None for anybody else's."""
+    return importlib.import_module(reference.target) if reference.builtin else None
+
+
+def check(reference: Reference, arguments: Mapping[str, Any], torch_elsewhere: bool) -> str | None:
     """Imports the evaluator once, in a subprocess that sees no GPU. None when all is well, else a warning to show.
+
+    A built-in evaluator also looks at the values of its arguments.
 
     Args:
         reference: the evaluator.
-        arguments: names of the keywords that it will be called with.
+        arguments: the keywords that it will be called with.
         torch_elsewhere: no worker stands here, so a package that is missing here is a warning and the file's source decides.
 
     Raises:
         EvaluatorError: the import fails, the function is missing, or it does not take one of the arguments.
     """
-    question = json.dumps([reference.target, reference.function, reference.cwd, arguments])
+    question = json.dumps([reference.target, reference.function, reference.cwd, dict(arguments)])
     command = [sys.executable, "-m", "assayer.refs", question]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
@@ -179,6 +215,8 @@ def check(reference: Reference, arguments: list[str], torch_elsewhere: bool) -> 
     answer = json.loads(lines[-1]) if lines and lines[-1].startswith('{"assayer"') else {}
     if answer.get("assayer") == "ok":
         return None
+    if answer.get("assayer") == "no module" and torch_elsewhere and reference.builtin:
+        return f"the arguments of {reference} were not checked: {answer['error']}"
     if answer.get("assayer") == "no module" and torch_elsewhere and reference.is_file:
         names = functions_in(Path(reference.target))
         if reference.function in names:
@@ -197,7 +235,7 @@ def _line_of(error: BaseException, reference: Reference) -> str:
     return f"{Path(frames[-1].filename).name} line {frames[-1].lineno}: " if frames else ""
 
 
-def _examine(target: str, function: str, cwd: str, arguments: list[str]) -> dict[str, str]:
+def _examine(target: str, function: str, cwd: str, arguments: dict[str, Any]) -> dict[str, str]:
     """What ``check`` asks its subprocess: can this be imported and called so."""
     reference = Reference(target, function, cwd)
     try:
@@ -220,13 +258,27 @@ def _examine(target: str, function: str, cwd: str, arguments: list[str]) -> dict
         return {"assayer": "ok"}
     for argument in arguments:
         if argument not in taken:
-            offer = f"it takes {', '.join(taken)}" if taken else "it takes the checkpoint path alone"
-            return {"assayer": "wrong", "error": f"{function} has no parameter {argument!r}; {offer}"}
-    filled = {"step", "original_path", "output_dir", "weights", *arguments}
+            own = [name for name in taken if not (reference.builtin and name in FILLED)]
+            offer = f"it takes {', '.join(own)}" if own else "it takes the checkpoint path alone"
+            return {"assayer": "wrong", "error": f"{reference.name} has no parameter {argument!r}; {offer}"}
+    filled = {*FILLED, *arguments}
     bare = [p.name for p in parameters[1:] if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     missing = [name for name in bare if name not in filled]
     if missing:
-        return {"assayer": "wrong", "error": f"{function} needs {', '.join(missing)}; give each with -E name=value"}
+        return {"assayer": "wrong", "error": f"{reference.name} needs {', '.join(missing)}; give each with -E name=value"}
+    return _examine_values(reference, arguments)
+
+
+def _examine_values(reference: Reference, arguments: dict[str, Any]) -> dict[str, str]:
+    module = builtin_module(reference)
+    if module is None:
+        return {"assayer": "ok"}
+    try:
+        module.check(arguments)
+    except EvaluatorError as error:
+        # An extra that is not installed here may be where the workers stand.
+        kind = "no module" if isinstance(error.__cause__, ModuleNotFoundError) else "wrong"
+        return {"assayer": kind, "error": str(error)}
     return {"assayer": "ok"}
 
 

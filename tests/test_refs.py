@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_three_forms_lead_to_the_same_function(folder: Path, text: str) -> None:
     reference = refs.parse(text, folder)
     assert reference.function == "good"
-    assert refs.check(reference, ["limit"], torch_elsewhere=False) is None
+    assert refs.check(reference, {"limit": 1}, torch_elsewhere=False) is None
     assert refs.source_digest(reference) == refs.source_digest(refs.parse("kit/evals.py:good", folder))
 
 
@@ -71,12 +71,12 @@ def test_a_reference_that_leads_nowhere_says_what_is_allowed(folder: Path, text:
 )
 def test_a_typo_is_an_error_there_and_then(folder: Path, function: str, arguments: list[str], said: str) -> None:
     with pytest.raises(EvaluatorError, match=said):
-        refs.check(refs.parse(f"kit/evals.py:{function}", folder), arguments, torch_elsewhere=False)
+        refs.check(refs.parse(f"kit/evals.py:{function}", folder), dict.fromkeys(arguments, 1), torch_elsewhere=False)
 
 
 @pytest.mark.parametrize(("function", "arguments"), [("strict", ["needed"]), ("open_ended", ["anything"]), ("good", [])])
 def test_arguments_that_fit_are_accepted(folder: Path, function: str, arguments: list[str]) -> None:
-    assert refs.check(refs.parse(f"kit/evals.py:{function}", folder), arguments, torch_elsewhere=False) is None
+    assert refs.check(refs.parse(f"kit/evals.py:{function}", folder), dict.fromkeys(arguments, 1), torch_elsewhere=False) is None
 
 
 @pytest.mark.parametrize(
@@ -93,21 +93,21 @@ def test_arguments_that_fit_are_accepted(folder: Path, function: str, arguments:
 def test_a_module_that_cannot_be_imported_is_one_sentence(tmp_path: Path, source: str, said: str) -> None:
     (tmp_path / "sick.py").write_text(source)
     with pytest.raises(EvaluatorError, match=said) as caught:
-        refs.check(refs.parse("sick.py:f", tmp_path), [], torch_elsewhere=False)
+        refs.check(refs.parse("sick.py:f", tmp_path), {}, torch_elsewhere=False)
     assert "\n" not in str(caught.value)
 
 
 def test_on_a_login_node_a_missing_package_is_a_warning_and_the_source_decides(tmp_path: Path) -> None:
     (tmp_path / "gpu.py").write_text("import no_such_package\ndef f(path): pass\n")
-    warning = refs.check(refs.parse("gpu.py:f", tmp_path), [], torch_elsewhere=True)
+    warning = refs.check(refs.parse("gpu.py:f", tmp_path), {}, torch_elsewhere=True)
     assert warning
     assert "no_such_package" in warning
     with pytest.raises(EvaluatorError, match=r"gpu\.py has f"):
-        refs.check(refs.parse("gpu.py:g", tmp_path), [], torch_elsewhere=True)
+        refs.check(refs.parse("gpu.py:g", tmp_path), {}, torch_elsewhere=True)
 
 
 def test_a_missing_module_of_ones_own_is_an_error_also_on_a_login_node(tmp_path: Path) -> None:
     (tmp_path / "gpu.py").write_text("import helper.missing\ndef f(path): pass\n")
     (tmp_path / "helper").mkdir()
     with pytest.raises(EvaluatorError, match=r"helper\.missing"):
-        refs.check(refs.parse("gpu.py:f", tmp_path), [], torch_elsewhere=True)
+        refs.check(refs.parse("gpu.py:f", tmp_path), {}, torch_elsewhere=True)

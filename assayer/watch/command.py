@@ -55,7 +55,7 @@ LISTING_TIMEOUT = 120
     multiple=True,
     required=True,
     metavar="[NAME=]REF",
-    help="Function that evaluates: path/to/file.py:function, pkg.module.function or pkg.module:function. Repeatable.",
+    help="What evaluates: path/to/file.py:function, pkg.module.function, pkg.module:function, or the built-in lm_eval or loss. Repeatable.",
 )
 @click.option(
     "-E",
@@ -177,7 +177,7 @@ def main(
     chosen = target(redis_url, redis_host, redis_port, state)
     found = _directories(directories, cwd, wait_for_directory)
     wanted = _evaluators(evaluators, arguments, cwd)
-    for warning in [refs.check(e.reference, list(e.arguments), torch_elsewhere=num_eval_workers == 0) for e in wanted]:
+    for warning in [refs.check(e.reference, e.arguments, torch_elsewhere=num_eval_workers == 0) for e in wanted]:
         if warning:
             errors.print(f"assayer: warning: {printable(warning)}", markup=False)
     common = _common(flags, cwd, now) | {"redis": chosen.name, "host": host_name(), "given": now, "detached": detach}
@@ -362,7 +362,7 @@ def _evaluators(given: tuple[str, ...], arguments: tuple[str, ...], cwd: Path) -
         if label and not re.fullmatch(r"\w[\w.-]{,99}", label[1]):
             raise EvaluatorError(f"the evaluator's name {printable(label[1])!r} may hold letters, digits, '_', '.' and '-', 100 at most")
         reference = refs.parse(label[2] if label else text, cwd)
-        name, bare = (label[1], label[2]) if label else (reference.function, text)
+        name, bare = (label[1], label[2]) if label else (reference.name, text)
         if name in named and named[name].reference != reference:
             raise EvaluatorError(f"two evaluators are called {name!r}; give one of them another name: --evaluator other={printable(bare)}")
         named[name] = Evaluator(name, reference, source=refs.source_digest(reference))
