@@ -144,6 +144,9 @@ class Plan:
     latest_only: bool = False
     timeout: int = 86400
     retries: int = 2
+    # What starts several processes for one evaluation (torchrun, accelerate; None: there is one), and how many where no GPUs tell.
+    launcher: str | None = None
+    gpus_per_eval: int = 1
     # How much of what waits is protected from deletion: checkpoints of a folder, bytes of it (None: any), free part of the file system.
     hold: int = 8
     hold_bytes: int | None = None

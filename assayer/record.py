@@ -32,7 +32,7 @@ _COUNTED = (("checkpoints", r"checkpoint_\d+|.*\.ckpt|.*--.*=.*"), ("checkpoint"
 
 _LETTERS = str.maketrans("0123456789", "ghijklmnop")
 
-# Bytes kept free after a checkpoint's name for "@<8 digits>.json.tmp-<random>".
+# Bytes kept free after a checkpoint's name for "@<8 digits>.json.tmp-<random>" and the like.
 _ROOM = 40
 
 
@@ -69,6 +69,8 @@ class Record:
     log: str | None = None
     # What the evaluator got in the checkpoint's place (format, bytes, tensors, seconds, notes); None: the checkpoint itself.
     merged: dict[str, Any] | None = None
+    # What the evaluator told of itself, such as a fingerprint of the weights that it has loaded.
+    details: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
@@ -209,6 +211,15 @@ class Place:
     def output(self) -> Path:
         """The folder for an evaluator's own files."""
         return self.folder / f"{self.name}.files"
+
+    @property
+    def samples(self) -> Path:
+        """The file for single samples and their answers."""
+        return self.folder / f"{self.name}.samples.jsonl"
+
+    def progress(self, identity: str) -> Path:
+        """The folder of what an evaluation of these weights has finished so far."""
+        return self.folder / f"{self.name}@{identity[:8]}.progress"
 
     def find(self, identity: str) -> Record | None:
         """The record of these weights, wherever it lies; None when they were not evaluated."""

@@ -258,8 +258,8 @@ def _examine(target: str, function: str, cwd: str, arguments: dict[str, Any]) ->
         return {"assayer": "ok"}
     for argument in arguments:
         if argument not in taken:
-            own = [name for name in taken if not (reference.builtin and name in FILLED)]
-            offer = f"it takes {', '.join(own)}" if own else "it takes the checkpoint path alone"
+            asked = [name for name in taken if not (reference.builtin and name in FILLED)]
+            offer = f"it takes {', '.join(asked)}" if asked else "it takes the checkpoint path alone"
             return {"assayer": "wrong", "error": f"{reference.name} has no parameter {argument!r}; {offer}"}
     filled = {*FILLED, *arguments}
     bare = [p.name for p in parameters[1:] if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -7,7 +7,10 @@ from types import MappingProxyType
 
 from assayer.checkpoint import Checkpoint, Format, Found, Listing, list_path
 
-__all__ = ["all_folders", "all_formats", "identify", "identify_path", "of"]
+__all__ = ["all_folders", "all_formats", "identify", "identify_path", "is_merged_for", "of"]
+
+# The one that Hugging Face's from_pretrained reads as it lies there.
+_HUGGING_FACE = "hf_dir"
 
 
 @cache
@@ -22,6 +25,11 @@ def all_formats() -> MappingProxyType[str, Format]:
 def of(checkpoint: Checkpoint) -> Format:
     """The format that claimed this checkpoint."""
     return all_formats()[checkpoint.format]
+
+
+def is_merged_for(checkpoint: Checkpoint, reads_hugging_face: bool) -> bool:
+    """True when this checkpoint is to be merged for an evaluator: it is sharded, or the evaluator reads Hugging Face directories only."""
+    return of(checkpoint).SHARDED or (reads_hugging_face and checkpoint.format != _HUGGING_FACE)
 
 
 @cache

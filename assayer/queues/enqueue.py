@@ -26,6 +26,7 @@ __all__ = [
     "is_in_flight",
     "is_wanted",
     "job_id",
+    "note_begun",
     "note_of",
     "note_served",
     "open_queue",
@@ -54,6 +55,8 @@ _SERVED = "assayer:served"
 _SERVED_TTL = 86400
 # Fields of ours in RQ's hash of a job: whose turn it takes, and its place among those of the same folder.
 _FOLDER, _RANK = "assayer_folder", "assayer_rank"
+# And whether an evaluation has begun that can be taken up again: it goes before all others.
+_BEGUN = "assayer_begun"
 # And what the watch has to say of it, such as that it is not protected from deletion.
 _NOTE = "assayer_note"
 
@@ -65,7 +68,7 @@ class Task:
     """One evaluation to be done.
 
     ``timeout`` in seconds; ``not_before`` is the moment before which a record does not count as done; ``merges`` says that the checkpoint
-    is sharded and is to be merged first.
+    is to be merged first, since it is sharded or the evaluator reads Hugging Face directories only.
     """
 
     checkpoint: str
@@ -87,6 +90,9 @@ class Task:
     # What takes turns with others in the queue, by default the checkpoint's own folder; and the watched directory.
     turn: str = ""
     root: str = ""
+    # What starts several processes for this evaluation (None: there is one), and how many where no GPUs tell.
+    launcher: str | None = None
+    processes: int = 1
     # With --latest_only: the hash and the field in Redis that name the newest job that waits.
     newest: tuple[str, str] | None = None
 
@@ -154,7 +160,7 @@ def is_in_flight(status: str | None) -> bool:
     return status in _IN_FLIGHT
 
 
-def enqueue(queue: Queue, task: Task, guards: dict[str, str | None], newest_first: bool = False) -> bool:
+def enqueue(queue: Queue, task: Task, guards: dict[str, str | None], newest_first: bool = False, begun: bool = False) -> bool:
     """Queues the task unless it is in flight already; all or nothing. ``arrange`` gives it its place.
 
     Args:
@@ -163,6 +169,7 @@ def enqueue(queue: Queue, task: Task, guards: dict[str, str | None], newest_firs
         guards: Redis keys and the field ``generation`` they must still hold (None: the key must only exist); a watch that was stopped
             or replaced in the meantime queues nothing.
         newest_first: among those of the same folder, a later step goes before an earlier one.
+        begun: it was begun before and is taken up again, before all others.
 
     Returns:
         True when it was queued now.
@@ -202,7 +209,7 @@ def enqueue(queue: Queue, task: Task, guards: dict[str, str | None], newest_firs
                     pipe.sadd(_shared_key(shared), task.id)
                     pipe.expire(_shared_key(shared), SHARED_TTL)
                 queue.enqueue_job(job, pipeline=pipe)
-                pipe.hset(key, mapping={_FOLDER: _field(task.folder), _RANK: _rank(task, newest_first)})
+                pipe.hset(key, mapping={_FOLDER: _field(task.folder), _RANK: _rank(task, newest_first), _BEGUN: int(begun)})
                 pipe.execute()
                 return True
             except WatchError:
@@ -220,15 +227,15 @@ def _field(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-# Sorts a list of job ids: folders take turns, the one that was served longest ago first; within a folder by rank, then as they came. Jobs
-# of others on the same queue count as one more folder, in their own order. A second list that differs from the first is written back.
+# Sorts a list of job ids: what was begun goes first; folders take turns, the one that was served longest ago first; within a folder by
+# rank, then as they came. Jobs of others on the same queue count as one more folder, in their own order. A list that differs is written.
 _ARRANGE = """
 local ids = redis.call('LRANGE', KEYS[1], 0, -1)
 local jobs, folders = {}, {}
 for place, id in ipairs(ids) do
-  local told = redis.call('HMGET', ARGV[1] .. id, ARGV[2], ARGV[3])
+  local told = redis.call('HMGET', ARGV[1] .. id, ARGV[2], ARGV[3], ARGV[4])
   local folder = told[1] or ''
-  local job = {id = id, place = place, rank = tonumber(told[2] or place), folder = folder}
+  local job = {id = id, place = place, rank = tonumber(told[2] or place), folder = folder, begun = told[3] == '1'}
   jobs[place] = job
   if not folders[folder] then
     folders[folder] = {served = tonumber(redis.call('HGET', KEYS[2], folder) or 0), jobs = {}}
@@ -244,6 +251,7 @@ for _, folder in pairs(folders) do
   end
 end
 table.sort(jobs, function(a, b)
+  if a.begun ~= b.begun then return a.begun end
   if a.turn ~= b.turn then return a.turn < b.turn end
   if a.served ~= b.served then return a.served < b.served end
   if a.first ~= b.first then return a.first < b.first end
@@ -264,10 +272,17 @@ return moved
 def arrange(queue: Queue) -> int:
     """Puts the waiting jobs of a queue into their order, in one step, and returns how many have another place now.
 
-    Folders of checkpoints take turns, so that one with 500 waiting does not starve one with a single one.
+    Folders of checkpoints take turns, so that one with 500 waiting does not starve one with a single one; what was begun before and can be
+    taken up again goes first.
     """
     connection: Connection = queue.connection
-    return int(connection.eval(_ARRANGE, 2, queue.key, _SERVED, Job.redis_job_namespace_prefix, _FOLDER, _RANK))
+    return int(connection.eval(_ARRANGE, 2, queue.key, _SERVED, Job.redis_job_namespace_prefix, _FOLDER, _RANK, _BEGUN))
+
+
+def note_begun(job: Job) -> None:
+    """Notes that this job can be taken up again where it is, should it come back to the queue."""
+    connection: Connection = job.connection
+    connection.hset(job.key, _BEGUN, 1)
 
 
 def note_served(connection: Connection, task: Task) -> None:

@@ -30,6 +30,7 @@ from assayer.watch.dry_run import show_dry_run
 from assayer.watch.foreground import Foreground
 from assayer.watch.look import Memory, directories_of, in_thread, see_all
 from assayer.watch.ready import Seen
+from assayer.worker.environ import LAUNCHERS
 from assayer.worker.launch import Crew, Slot, eval_slots, watch_slots
 
 __all__ = ["main"]
@@ -123,6 +124,18 @@ LISTING_TIMEOUT = 120
 @click.option(
     "--retries", type=click.IntRange(min=0), default=2, metavar="N", help="How often an evaluation that ended badly is tried again."
 )
+@click.option(
+    "--launcher",
+    type=click.Choice(LAUNCHERS),
+    help="Start the evaluator in several processes, one for each of its GPUs; the record is that of rank 0.  [default: one process]",
+)
+@click.option(
+    "--gpus_per_eval",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="GPUs that each evaluation sees; without GPUs, with --launcher: its processes.",
+)
 @click.option("--results_dir", metavar="DIR", help="Where results go.  [default: evals/ beside the checkpoints]")
 @click.option("--forget", is_flag=True, help="Drop what earlier watches of these directories took for existing.")
 @click.option("--retry_failed", is_flag=True, help="Evaluate the checkpoints again whose evaluation failed.")
@@ -182,10 +195,9 @@ def main(
             errors.print(f"assayer: warning: {printable(warning)}", markup=False)
     common = _common(flags, cwd, now) | {"redis": chosen.name, "host": host_name(), "given": now, "detached": detach}
     variants = VARIANTS if flags["weights"] == "both" else (str(flags["weights"]),)
+    merging = {e.name: _merging(flags, e, cwd) for e in wanted}
     plans = [
-        Plan(
-            directory=d, real=d if p else os.path.realpath(d), is_pattern=p, evaluator=e, weights=w, merging=_merging(flags, cwd), **common
-        )
+        Plan(directory=d, real=d if p else os.path.realpath(d), is_pattern=p, evaluator=e, weights=w, merging=merging[e.name], **common)
         for d, p in found
         for e in wanted
         for w in variants
@@ -202,9 +214,13 @@ def main(
     if dry_run:
         raise SystemExit(show_dry_run(known, console, chosen, state))
     slots = watch_slots(str(flags["watch_queue_name"]), num_watch_workers, chosen.name)
-    evals = eval_slots(str(flags["eval_queue_name"]), num_eval_workers, chosen.name, os.environ)
+    each = int(flags["gpus_per_eval"])
+    evals = eval_slots(str(flags["eval_queue_name"]), num_eval_workers, chosen.name, os.environ, each)
+    if not evals and num_eval_workers != 0:
+        raise UsageError(f"fewer than {each} GPUs are visible here; give a smaller --gpus_per_eval, or --num_eval_workers 0")
     if num_eval_workers is not None and len(evals) < num_eval_workers:
-        errors.print(f"assayer: warning: {len(evals)} GPUs are visible: {len(evals)} eval workers, one on each", markup=False)
+        on = "one on each" if each == 1 else f"one on every {each}"
+        errors.print(f"assayer: warning: {len(evals) * each} GPUs are visible: {len(evals)} eval workers, {on}", markup=False)
     slots += evals
     crew = Crew(state, chosen)
     with Session(state, [plan.id for plan in plans]):
@@ -266,7 +282,7 @@ def _check_flags(flags: dict[str, Any]) -> None:
 def _common(flags: dict[str, Any], cwd: Path, now: float) -> dict[str, Any]:
     """The fields of a plan that are the same for every directory and evaluator of this command."""
     kept = ("regex_filter", "max_depth", "quiet_period", "order", "latest_only", "every", "timeout", "retries", "hold", "once")
-    fields = {name: flags[name] for name in (*kept, "until_idle", "until_step")}
+    fields = {name: flags[name] for name in (*kept, "until_idle", "until_step", "launcher", "gpus_per_eval")}
     fields["hold_bytes"] = _size(flags, "hold_bytes")
     fields["hold_min_free"] = flags["hold_min_free"] / 100
     for name in ("results_dir", "until_file"):
@@ -278,15 +294,21 @@ def _common(flags: dict[str, Any], cwd: Path, now: float) -> dict[str, Any]:
     return fields
 
 
-def _merging(flags: dict[str, Any], cwd: Path) -> Merging:
-    """How sharded checkpoints are merged, with absolute paths.
+def _merging(flags: dict[str, Any], evaluator: Evaluator, cwd: Path) -> Merging:
+    """How checkpoints are merged for this evaluator, with absolute paths.
+
+    What a built-in evaluator is told of the config and the tokenizer, where that is a path, holds for the merge too.
 
     Raises:
         UsageError: a path is not there, or a size is none.
     """
-    found: dict[str, Any] = {
-        name: None if flags[name] is None else _absolute(flags[name], cwd) for name in ("hf_config", "tokenizer", "scratch_dir")
-    }
+    given = {name: flags[name] for name in ("hf_config", "tokenizer", "scratch_dir")}
+    if evaluator.reference.builtin:
+        for name, key in (("hf_config", "config"), ("tokenizer", "tokenizer")):
+            told = evaluator.arguments.get(key)
+            if given[name] is None and isinstance(told, str) and os.path.exists(_absolute(told, cwd)):
+                given[name] = told
+    found: dict[str, Any] = {name: None if path is None else _absolute(path, cwd) for name, path in given.items()}
     for name, path in found.items():
         if path is not None and not os.path.exists(path):
             raise UsageError(f"--{name} {printable(path)} is not there; correct the path")

@@ -118,6 +118,8 @@ def _live(connection: Connection, jobs: set[str], now: float) -> dict[str, dict[
         if status == b"started":
             moment = datetime.fromisoformat(started.decode().replace("Z", "+00:00")).timestamp() if started else now
             found[job_id] |= {"state": "running", "attempts": attempts + 1, "seconds": max(0.0, now - moment)}
+            if "done" in kept:
+                found[job_id]["reason"] = f"{kept['done']} of {kept['total']} done" if "total" in kept else f"{kept['done']} done"
         elif status is None:
             # Taken out by a shutdown, or lost with its Redis: the next tick, or the next watch, queues it again.
             found[job_id] |= {"state": "due"}

@@ -14,9 +14,11 @@ from rq.serializers import JSONSerializer
 from assayer import formats
 from assayer.files import printable
 from assayer.plan import Plan, PlanStore, host_name, state_directory
+from assayer.progress import has_progress
 from assayer.queues import Connection, chain
 from assayer.queues.board import Board, Note
 from assayer.queues.enqueue import Task, arrange, enqueue, is_in_flight, open_queue, put_notes, statuses
+from assayer.record import Place
 from assayer.watch.diff import Decision
 from assayer.watch.known import Known
 from assayer.watch.look import Look, Lookout
@@ -171,12 +173,17 @@ def _queue(
         hindrance = _hindrance(board.connection, task.id, status, look, plan)
         if hindrance is not None:
             sight |= {"state": "failing", "reason": hindrance} if hindrance else {}
-        elif enqueue(queue, task, {**guards, board.plan_key(plan.id): None}, newest_first=plan.order == "newest"):
+        elif enqueue(queue, task, {**guards, board.plan_key(plan.id): None}, plan.order == "newest", begun=_was_begun(task)):
             queued += 1
             logger.info("-> %s %s queued", printable(decision.seen.checkpoint.name), plan.label)
     if queued:
         arrange(queue)
     put_notes(board.connection, notes)
+
+
+def _was_begun(task: Task) -> bool:
+    place = Place.of(task.checkpoint, task.evaluator.name, task.results_dir, task.weights)
+    return has_progress(place.progress(task.identity))
 
 
 def task_of(plan: Plan, decision: Decision, newest: tuple[str, str] | None = None) -> Task:
@@ -196,8 +203,10 @@ def task_of(plan: Plan, decision: Decision, newest: tuple[str, str] | None = Non
         retries=plan.retries,
         not_before=max(again, default=0.0),
         weights=plan.weights,
-        merges=plan.merging.mode == "auto" and formats.of(checkpoint).SHARDED,
+        merges=plan.merging.mode == "auto" and formats.is_merged_for(checkpoint, plan.evaluator.reference.builtin is not None),
         merging=plan.merging,
+        launcher=plan.launcher,
+        processes=plan.gpus_per_eval,
         signature=decision.seen.signature,
         turn=_turn(plan, checkpoint.path),
         root=plan.root,

@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,25 +11,22 @@ from typing import Any
 
 from assayer import refs
 from assayer.errors import EvaluatorError
-from assayer.files import read_json, write_json
 from assayer.progress import Binding, Progress, choose_point
 from assayer.record import flatten
 from assayer.refs import Reference
 from assayer.worker.environ import is_launcher_variable
+from assayer.worker.reports import Reports
 
 __all__ = ["Call", "Outcome", "clean_environment", "make"]
-
-# Seconds between two writings of how far an evaluation is.
-_REPORTS = 0.5
 
 
 @dataclass(frozen=True)
 class Call:
     """What an evaluator is called with.
 
-    ``path`` is what it reads, ``original_path`` the checkpoint itself; ``output``, ``samples`` and ``progress`` are where a folder for its own
-    files, its samples and its unfinished state may be made; ``reports`` is a file that tells how far it is (None: nobody asks).
-    ``is_ambiguous`` says that the path alone does not tell which of the weights in it are meant.
+    ``path`` is what it reads, ``original_path`` the checkpoint itself; ``output``, ``samples`` and ``progress`` are where its own files,
+    its samples and its unfinished state go; ``reports`` is a file that tells how far it is (None: nobody asks). ``is_ambiguous`` says that
+    the path alone does not tell which of the weights in it are meant.
     """
 
     reference: Reference
@@ -111,9 +107,7 @@ def make(call: Call, rank: int = 0, world_size: int = 1, point: int | None = Non
         "weights": lambda: call.weights,
         "output_dir": lambda: _made(call.output),
         "samples_path": lambda: call.samples,
-        "progress": lambda: Progress(
-            Path(call.progress), call.binding(world_size), rank, world_size, point, _Reports(call.reports if rank == 0 else None)
-        ),
+        "progress": lambda: _progress(call, rank, world_size, point),
         "details": lambda: details,
     }
     keywords = {name: value() for name, value in offered.items() if name in named[1:] and name not in call.arguments}
@@ -129,6 +123,11 @@ def _made(folder: str) -> str:
     return folder
 
 
+def _progress(call: Call, rank: int, world_size: int, point: int | None) -> Progress:
+    reports = Reports(Path(call.reports)) if call.reports is not None and rank == 0 else None
+    return Progress(Path(call.progress), call.binding(world_size), rank, world_size, point, reports)
+
+
 def _plain(details: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     try:
         json.dumps(details, allow_nan=False)
@@ -136,25 +135,3 @@ def _plain(details: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         notes.append(f"details are left out, they are no JSON: {error}")
         return {}
     return details
-
-
-class _Reports:
-    """Writes how far an evaluation is to a file, now and then, and always at its end."""
-
-    def __init__(self, path: str | None) -> None:
-        self._path = path
-        self._next = 0.0
-
-    def __call__(self, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if self._path is not None and (now >= self._next or done == total):
-            self._next = now + _REPORTS
-            write_json(Path(self._path), {"done": done, "total": total})
-
-
-def read_reports(path: Path) -> dict[str, int | None]:
-    """How far an evaluation is, as it has told last; empty when it has not."""
-    told = read_json(path)
-    if not isinstance(told, dict):
-        return {}
-    return {key: told.get(key) for key in ("done", "total") if isinstance(told.get(key), int)}

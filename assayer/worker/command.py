@@ -89,9 +89,10 @@ def _slots(count: int | None, gpus: str | None, each: int, queue: str, redis: st
         UsageError: the flags contradict each other, or there are too few GPUs.
     """
     if gpus is None:
-        if each == 1:
-            return eval_slots(queue, count, redis, os.environ)
-        raise UsageError("--gpus_per_eval needs --gpus, such as --gpus 0,1,2,3")
+        slots = eval_slots(queue, count, redis, os.environ, each)
+        if not slots and count != 0:
+            raise UsageError(f"fewer than {each} GPUs are visible here; give a smaller --gpus_per_eval, or name GPUs with --gpus")
+        return slots
     names = parse_gpus(gpus)
     if len(names) % each or not names:
         raise UsageError(f"--gpus {gpus} names {len(names)} GPUs, which cannot be shared out {each} to each evaluation (--gpus_per_eval)")

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from assayer.errors import UsageError
 
-__all__ = ["evaluation_environment", "gpu_uuids", "is_launcher_variable", "parse_gpus", "visible_gpus"]
+__all__ = ["LAUNCHERS", "evaluation_environment", "gpu_uuids", "is_launcher_variable", "parse_gpus", "visible_gpus"]
+
+# What can start several processes for one evaluation.
+LAUNCHERS = ("torchrun", "accelerate")
 
 # Variables by which torchrun, MPI and Slurm tell a process its rank; with them an evaluation would wait for peers that never come.
 _LAUNCHER = re.compile(

@@ -1,11 +1,10 @@
 """The recipe of one evaluation: check the weights, call the evaluator, check the weights again, record."""
 
 import contextlib
-import inspect
 import logging
 import os
 import platform
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -19,15 +18,18 @@ from rq.timeouts import JobTimeoutException
 
 from assayer import formats, refs
 from assayer.checkpoint import identity, list_path
-from assayer.errors import CheckpointError, EvaluatorError, StateError
+from assayer.errors import CheckpointError, StateError
 from assayer.files import alone, printable, private_directory
 from assayer.plan import host_name, state_directory
+from assayer.progress import furthest
+from assayer.progress import remove as remove_progress
 from assayer.queues import Connection
 from assayer.queues.enqueue import LOST_MAX, Task, is_wanted, note_of, note_served
-from assayer.record import Place, Record, flatten, hold_folder, now_utc
+from assayer.record import Place, Record, hold_folder, now_utc
 from assayer.worker import child, hold
-from assayer.worker.environ import is_launcher_variable
+from assayer.worker.call import Call, Outcome, clean_environment, make
 from assayer.worker.merging import REFUSED, UNREADABLE, NotMerged, merge_for, scratch_of
+from assayer.worker.reports import shown
 from assayer.worker.scratch import Scratch
 
 __all__ = ["evaluate"]
@@ -50,7 +52,7 @@ def evaluate(**arguments: Any) -> Any:
         with _alone(task):
             value = _evaluate(job, task)
         if not isinstance(value, Retry):
-            _put_away(job, task)
+            _put_away(job, task, value["status"])
         return value
     except BaseException:
         # RQ's retries are for lost workers: what raises here, such as a full disk, would raise again at once. The watch tries it later.
@@ -70,8 +72,10 @@ def _alone(task: Task) -> Iterator[None]:
         yield
 
 
-def _put_away(job: Job, task: Task) -> None:
-    """Releases the hold, and the merge, unless another evaluation needs them."""
+def _put_away(job: Job, task: Task, status: str) -> None:
+    """Releases the hold, and the merge, unless another evaluation needs them; and what would be taken up again, unless it may still be."""
+    if status not in ("failed", "timeout"):
+        remove_progress(Place.of(task.checkpoint, task.evaluator.name, task.results_dir, task.weights).progress(task.identity))
     held = _hold_of(task)
     if not is_wanted(job.connection, task.hold_id, done=job.id) and held:
         hold.release(held)
@@ -103,7 +107,7 @@ def _evaluate(job: Job, task: Task) -> Any:
     if kept and kept.ended_at >= task.not_before:
         return _finish(job, place, task, source, kept)
     note_served(job.connection, task)
-    runs = _count_run(job)
+    runs = _count_run(job, place.progress(task.identity))
     base = _record(task, place, job)
     if _is_overtaken(job, task):
         return _deliver(
@@ -120,10 +124,13 @@ def _evaluate(job: Job, task: Task) -> Any:
     logger.info("-> %s %s running", printable(os.path.basename(task.checkpoint)), task.evaluator.name)
     base = replace(base, attempts=base.attempts + 1)
     scratch = scratch_of(job, task) if task.merges else None
-    ending, base = _attempt(task, place, base, source, scratch)
+    before = furthest(place.progress(task.identity))
+    ending, base = _attempt(job, task, place, base, source, scratch)
     if ending.cause is None:
-        metrics, notes = ending.value
-        outcome = replace(base, status="finished", metrics=metrics, notes=base.notes + notes, ended=now_utc())
+        told = Outcome(**ending.value)
+        outcome = replace(
+            base, status="finished", metrics=told.metrics, notes=base.notes + told.notes, details=told.details, ended=now_utc()
+        )
         return _finish(job, place, task, source, outcome)
     error: dict[str, Any] = {"cause": ending.cause, "message": ending.message, "traceback": ending.traceback}
     if ending.cause in (REFUSED, UNREADABLE):
@@ -134,18 +141,20 @@ def _evaluate(job: Job, task: Task) -> Any:
         if ending.cause == REFUSED:
             # No attempt changes what a checkpoint holds.
             return _deliver(job, place, task, replace(base, status="failed", error=error, ended=now_utc()))
-    if base.attempts <= task.retries:
-        _keep(job, attempts=base.attempts, runs=0, error=error)
+    # An attempt that got further than all before it, and can be taken up where it ended, is not counted.
+    counted = base.attempts - (furthest(place.progress(task.identity)) > before)
+    if counted <= task.retries:
+        _keep(job, attempts=counted, runs=0, error=error)
         logger.warning("<- %s attempt %d ended badly: %s", printable(os.path.basename(task.checkpoint)), base.attempts, ending.message)
         return Retry(max=_AGAIN)
     status = "timeout" if ending.cause == "timeout" else "failed"
     return _deliver(job, place, task, replace(base, status=status, error=error, ended=now_utc()))
 
 
-def _attempt(task: Task, place: Place, base: Record, source: str, scratch: Scratch | None) -> tuple[child.Ending, Record]:
+def _attempt(job: Job, task: Task, place: Place, base: Record, source: str, scratch: Scratch | None) -> tuple[child.Ending, Record]:
     """One try to evaluate, with the checkpoint merged first where that is needed; how it ended, and what the record gains by it."""
     if scratch is None:
-        ending, seconds = _timed(lambda: _call(task, place, base, source, source))
+        ending, seconds = _timed(lambda: _call(job, task, place, base, source, source))
         return ending, replace(base, seconds={"evaluate": seconds})
     began = time.monotonic()
     name = os.path.basename(task.checkpoint)
@@ -156,7 +165,7 @@ def _attempt(task: Task, place: Place, base: Record, source: str, scratch: Scrat
             waited = round(time.monotonic() - began, 3)
             merged = {key: value for key, value in facts.items() if key != "boot"} | {"made_now": made}
             base = replace(base, merged=merged, notes=facts["notes"], seconds={"merge": waited})
-            ending, seconds = _timed(lambda: _call(task, place, base, source, str(path)))
+            ending, seconds = _timed(lambda: _call(job, task, place, base, source, str(path)))
             return ending, replace(base, seconds={"merge": waited, "evaluate": seconds})
     except NotMerged as error:
         return error.ending, replace(base, seconds={"merge": round(time.monotonic() - began, 3)})
@@ -249,44 +258,56 @@ def _is_current(task: Task) -> bool:
         return False
 
 
-def _call(task: Task, place: Place, base: Record, source: str, path: str) -> child.Ending:
+def _call(job: Job, task: Task, place: Place, base: Record, source: str, path: str) -> child.Ending:
     heading = f"{task.description}, attempt {base.attempts} on {base.host} at {base.started}"
-    try:
-        return child.run(lambda: _in_child(task, place, source, path), place.log, task.timeout, heading)
-    except JobTimeoutException:
-        return child.Ending(cause="timeout", message=f"did not end within {task.timeout:g} s")
-    except OSError as error:
-        raise StateError(f"cannot write {printable(str(place.log))}: {error.strerror}") from None
+    with tempfile.TemporaryDirectory(prefix="assayer-reports-") as folder:
+        call = _the_call(task, place, source, path, os.path.join(folder, "reports"))
+        try:
+            with shown(job, place.progress(task.identity), Path(folder, "reports")):
+                return child.run(lambda: _in_child(task, call), place.log, task.timeout, heading)
+        except JobTimeoutException:
+            return child.Ending(cause="timeout", message=f"did not end within {task.timeout:g} s")
+        except OSError as error:
+            raise StateError(f"cannot write {printable(str(place.log))}: {error.strerror}") from None
 
 
-def _in_child(task: Task, place: Place, source: str, path: str) -> Any:
-    """Imports the evaluator and calls it, in the child's own process; returns what ``flatten`` makes of its metrics."""
-    for name in [name for name in os.environ if is_launcher_variable(name)]:
-        del os.environ[name]
-    sys.dont_write_bytecode = True
-    function = refs.load(task.evaluator.reference)
-    named = inspect.signature(function).parameters
-    keywords = dict(task.evaluator.arguments)
-    offered: dict[str, Callable[[], Any]] = {
-        "step": lambda: task.step,
-        "original_path": lambda: task.checkpoint,
-        "weights": lambda: task.weights,
-        "output_dir": lambda: _output(place),
-    }
-    if task.weights != "regular" and path == source and formats.all_formats()[task.format].SHARDED and "weights" not in named:
-        # The path alone does not tell which of the weights in it are meant.
-        raise EvaluatorError(
-            f"{task.evaluator.name} takes no parameter called weights, so that it would read the regular ones: add it, or give --merge auto"
-        )
-    for name, value in offered.items():
-        if name in list(named)[1:] and name not in keywords:
-            keywords[name] = value()
-    return flatten(function(path, **keywords))
+def _the_call(task: Task, place: Place, source: str, path: str, reports: str) -> Call:
+    is_sharded = path == source and formats.all_formats()[task.format].SHARDED
+    return Call(
+        reference=task.evaluator.reference,
+        name=task.evaluator.name,
+        arguments=task.evaluator.arguments,
+        path=path,
+        original_path=task.checkpoint,
+        identity=task.identity,
+        step=task.step,
+        weights=task.weights,
+        source=refs.source_digest(task.evaluator.reference),
+        output=str(place.output),
+        samples=str(place.samples),
+        progress=str(place.progress(task.identity)),
+        reports=reports,
+        is_ambiguous=task.weights != "regular" and is_sharded,
+    )
 
 
-def _output(place: Place) -> str:
-    place.output.mkdir(exist_ok=True)
-    return str(place.output)
+def _processes(task: Task) -> int:
+    """One for each GPU of this worker's slot; as many as the watch says where there is none."""
+    return len(_gpus()) or task.processes
+
+
+def _gpus() -> list[str]:
+    return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+
+
+def _in_child(task: Task, call: Call) -> dict[str, Any]:
+    """What the evaluator returns, called in the child's own process, or in as many processes below it as are asked for."""
+    clean_environment()
+    if task.launcher is not None:
+        from assayer.worker import ranks
+
+        return ranks.launch(call, task.launcher, _processes(task)).to_json()
+    return make(call, point=call.point()).to_json()
 
 
 def _make_folder(place: Place) -> None:
@@ -298,9 +319,12 @@ def _make_folder(place: Place) -> None:
         raise StateError(f"cannot make {printable(str(place.folder))}: {error.strerror}; give another place with --results_dir") from None
 
 
-def _count_run(job: Job) -> int:
-    """Which run in a row this is that has not come to an orderly end yet; a worker that is lost never sets it back."""
-    _keep(job, runs=job.meta.get("runs", 0) + 1)
+def _count_run(job: Job, progress: Path) -> int:
+    """Which run in a row this is that has not come to an orderly end yet, nor got further than the one before; a worker that is lost
+    never sets it back."""
+    point = furthest(progress)
+    runs = 0 if point > job.meta.get("point", 0) else job.meta.get("runs", 0)
+    _keep(job, runs=runs + 1, point=point)
     return int(job.meta["runs"])
 
 
@@ -335,7 +359,7 @@ def _record(task: Task, place: Place, job: Job) -> Record:
         attempts=job.meta.get("attempts", 0),
         started=now_utc(),
         host=host_name(),
-        gpus=[gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu],
+        gpus=_gpus(),
         versions=versions,
         log=str(place.log),
     )

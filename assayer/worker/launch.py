@@ -70,12 +70,12 @@ def gpu_slots(queue: str, gpus: tuple[str, ...], each: int = 1) -> list[Slot]:
     return [Slot("eval", queue, "gpu-" + "+".join(uuids.get(g, g) for g in group).replace("/", "_"), group) for group in groups]
 
 
-def eval_slots(queue: str, count: int | None, redis: str, environment: Mapping[str, str]) -> list[Slot]:
-    """Slots for ``count`` eval workers (None: one a visible GPU, one without GPU; 0: none)."""
+def eval_slots(queue: str, count: int | None, redis: str, environment: Mapping[str, str], each: int = 1) -> list[Slot]:
+    """Slots for ``count`` eval workers (None: as many as there are visible GPUs for, one without GPU; 0: none) of ``each`` GPUs."""
     gpus = visible_gpus(environment)
     if not gpus:
         return cpu_slots(queue, 1 if count is None else count, redis)
-    return gpu_slots(queue, gpus if count is None else gpus[:count])
+    return gpu_slots(queue, gpus, each)[:count]
 
 
 class Crew:

@@ -8,8 +8,11 @@ from typing import Any
 
 from rq.job import Job
 
+from assayer import refs
+from assayer.checkpoint import Checkpoint
 from assayer.errors import AssayerError, StateError, UnreadableError
 from assayer.files import printable
+from assayer.merge.hf import companions
 from assayer.merge.run import Options, find_checkpoint, run
 from assayer.queues.enqueue import Task, is_wanted
 from assayer.worker import child
@@ -91,6 +94,7 @@ def _in_child(task: Task, source: str, scratch: Scratch, path: Path) -> dict[str
     os.nice(5)
     try:
         found = find_checkpoint(Path(source))
+        _check_files(task, found.checkpoint)
         done = run(found, path, options, reserve=reserve, flush=False)
     except _NoRoom:
         return {"room": wanted}
@@ -100,3 +104,15 @@ def _in_child(task: Task, source: str, scratch: Scratch, path: Path) -> dict[str
         return {kind: str(error)}
     notes = done.notes if can_check else [*done.notes, "not checked against a model: transformers is not installed"]
     return {"from": done.format, "bytes": done.weights, "tensors": done.tensors, "seconds": round(done.seconds, 3), "notes": notes}
+
+
+def _check_files(task: Task, checkpoint: Checkpoint) -> None:
+    """Asks a built-in evaluator, before any weights are read, whether it has all that it needs beside them.
+
+    Raises:
+        EvaluatorError: a tokenizer, or the like, is missing.
+    """
+    module = refs.builtin_module(task.evaluator.reference)
+    if module is not None:
+        around = companions(checkpoint, task.merging.hf_config, task.merging.tokenizer, task.checkpoint)
+        module.check_files(around.files, task.evaluator.arguments)

@@ -10,7 +10,8 @@ from pathlib import Path
 from assayer.queues.connect import WORKER_RETRIES, connect
 from assayer.worker.child import die_with_parent, kept_from_children
 from assayer.worker.launch import ORDERS, Slot, revive_supervisor
-from assayer.worker.workers import EvalWorker, WatchWorker, preload
+from assayer.worker.warm import preload
+from assayer.worker.workers import EvalWorker, WatchWorker
 
 
 def main() -> None:

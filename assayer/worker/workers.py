@@ -5,7 +5,6 @@ that ``requeue_signals`` adds, is now: the running job goes back to the front of
 """
 
 import contextlib
-import importlib
 import os
 import signal
 import time
@@ -29,8 +28,9 @@ from assayer.queues.enqueue import EVALUATE, FAILURE_TTL
 from assayer.queues.recover import SILENCE, Judge, free_scheduler_lock, return_abandoned, return_jobs, return_taken
 from assayer.worker.child import GIVEN_UP, GIVING_UP_GRACE, SETTLE_LONG, become_reaper, die_with_parent, end_descendants, give_up_on
 from assayer.worker.own_jobs import TAKEN_MAX, OwnJob, OwnQueue, Stand
+from assayer.worker.warm import warm
 
-__all__ = ["LEAVE_MAX", "EvalWorker", "WatchWorker", "preload"]
+__all__ = ["LEAVE_MAX", "EvalWorker", "WatchWorker"]
 
 # Seconds: how often a busy worker tells that it lives, how often a worker cleans up, and how long an idle one is believed. What counts as
 # silence is ``SILENCE``; RQ's own defaults notice a dead worker after 800 s.
@@ -253,6 +253,7 @@ class EvalWorker(_Ours, Worker):
             self.log.warning("worker %s: Redis does not answer: %s", self.name, error)
 
     def fork_work_horse(self, job: Job, queue: Any) -> None:
+        warm(job.kwargs.get("evaluator"), lambda: self.maintain_heartbeats(job))
         self._parent = os.getpid()
         self._horse_status = None
         become_reaper()
@@ -357,12 +358,3 @@ def _hasty(connection: Connection) -> Connection:
     pool = connection.connection_pool
     short = {"socket_timeout": ANSWER_MAX, "socket_connect_timeout": ANSWER_MAX, "retry": Retry(NoBackoff(), 1)}
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **{**pool.connection_kwargs, **short}))
-
-
-def preload() -> None:
-    """Imports torch, where it is installed, before the worker forks, so that no evaluation pays for it.
-
-    Only the import: after one tensor operation (or CUDA) here, every child would hang in its own first one.
-    """
-    with contextlib.suppress(ImportError):
-        importlib.import_module("torch")

@@ -8,7 +8,7 @@ from samples import plan, task
 from assayer.plan import Baseline
 from assayer.queues import Connection
 from assayer.queues.board import Board
-from assayer.queues.enqueue import EVALUATE, Task, arrange, enqueue, note_served, open_queue, statuses
+from assayer.queues.enqueue import EVALUATE, Task, arrange, enqueue, note_begun, note_served, open_queue, statuses
 
 
 def test_a_job_is_plain_json_with_a_readable_description_and_the_asked_limit(connection: Connection) -> None:
@@ -120,3 +120,11 @@ def test_a_name_that_is_no_utf_8_can_be_queued(connection: Connection) -> None:
     job = Job.fetch(strange.id, connection=connection, serializer="json")
     assert Task.from_json(job.kwargs) == strange
     assert job.description == "evaluate m_\\udcff\\n.pt with e"
+
+
+def test_what_was_begun_before_goes_before_all_others(connection: Connection) -> None:
+    queue = open_queue(connection, "evaluation")
+    enqueue(queue, step(9, "/b"), {}, begun=True)
+    assert waiting(connection, step(1, "/a"), step(1, "/b"), step(2, "/a"))[0] == "/b/m_step9.pt"
+    note_begun(Job.fetch(step(2, "/a").id, connection=connection, serializer="json"))
+    assert sorted(waiting(connection)[:2]) == ["/a/m_step2.pt", "/b/m_step9.pt"]
