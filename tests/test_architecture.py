@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "assayer"
 # The floor of each room; a room is a module or a folder directly below the package.
 FLOORS = {
     **dict.fromkeys(["errors", "files", "content", "archive", "pickles", "sealed"], 1),
-    **dict.fromkeys(["tensors", "torch_file", "safetensors_file", "containers", "placement"], 2),
-    **dict.fromkeys(["checkpoint", "record", "plan", "refs", "queues", "session"], 2),
+    **dict.fromkeys(["tensors", "torch_file", "safetensors_file", "saved_state", "containers", "placement"], 2),
+    **dict.fromkeys(["checkpoint", "progress", "record", "plan", "refs", "queues", "session"], 2),
     "formats": 3,
     "merge": 4,
     "worker": 5,
@@ -97,6 +97,7 @@ def test_no_job_function_lives_in_a_module_that_is_run() -> None:
             for name in ("assayer.merge", "assayer.merge.command", "assayer.merge.state_dict")
         ),
         *((name, ["torch", "redis", "rq"]) for name in ("assayer.record", "assayer.plan", "assayer.refs", "assayer.formats")),
+        ("assayer.progress", ["torch", "numpy", "redis", "rq", "rich"]),
         ("assayer", ["torch", "redis", "rq", "click", "rich"]),
         ("assayer.__main__", ["torch", "redis", "rq"]),
     ],
