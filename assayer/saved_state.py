@@ -128,7 +128,8 @@ class _Freezer:
 
     def of_numpy(self, array: Any) -> _Array:
         little = array.dtype.newbyteorder("<")
-        self.check_dtype(array.dtype.name if little.newbyteorder("=").isbuiltin == 1 else str(array.dtype))
+        # Another package's bfloat16 would not be known to whoever reads it.
+        self.check_dtype(array.dtype.name if array.dtype.type.__module__ == "numpy" else str(array.dtype))
         return _Array(array.dtype.name, array.shape, array.astype(little, copy=False).tobytes())
 
     def check_dtype(self, dtype: str) -> None:
