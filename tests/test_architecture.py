@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "assayer"
 # The floor of each room; a room is a module or a folder directly below the package.
 FLOORS = {
     **dict.fromkeys(["errors", "files", "content", "archive", "pickles", "sealed"], 1),
-    **dict.fromkeys(["tensors", "torch_file", "safetensors_file", "saved_state", "containers", "placement"], 2),
+    **dict.fromkeys(["tensors", "torch_file", "safetensors_file", "saved_state", "containers", "placement", "language_model"], 2),
     **dict.fromkeys(["checkpoint", "progress", "record", "plan", "refs", "queues", "session"], 2),
     "formats": 3,
     "merge": 4,
