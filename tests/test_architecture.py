@@ -15,6 +15,7 @@ FLOORS = {
     **dict.fromkeys(["tensors", "torch_file", "safetensors_file", "saved_state", "containers", "placement", "language_model"], 2),
     **dict.fromkeys(["checkpoint", "progress", "record", "plan", "refs", "queues", "session"], 2),
     "formats": 3,
+    **dict.fromkeys(["evaluators", "harness"], 3),
     "merge": 4,
     "worker": 5,
     "watch": 6,

@@ -1,0 +1,1 @@
+"""Built-in evaluators: each module here is one, chosen by its name (``--evaluator lm_eval``)."""
