@@ -277,7 +277,7 @@ def _examine_values(reference: Reference, arguments: dict[str, Any]) -> dict[str
         module.check(arguments)
     except EvaluatorError as error:
         # An extra that is not installed here may be where the workers stand.
-        kind = "no module" if isinstance(error.__cause__, ModuleNotFoundError) else "wrong"
+        kind = "no module" if isinstance(error.__context__, ModuleNotFoundError) else "wrong"
         return {"assayer": kind, "error": str(error)}
     return {"assayer": "ok"}
 

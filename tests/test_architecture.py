@@ -16,6 +16,7 @@ FLOORS = {
     **dict.fromkeys(["checkpoint", "progress", "record", "plan", "refs", "queues", "session"], 2),
     "formats": 3,
     **dict.fromkeys(["evaluators", "harness"], 3),
+    **dict.fromkeys(["evaluators", "harness"], 3),
     "merge": 4,
     "worker": 5,
     "watch": 6,
