@@ -259,9 +259,10 @@ class Progress:
             point = choose_point(folder, binding, 1)
         if point is not None:
             self._take_up(point)
-        # What was saved after that point is gone already; should it have come back, it must not be mixed with what is saved from now on.
+        # What came after that point is gone already; should it be back, it must not be mixed with what is saved from now on. What came
+        # before it stayed when this rank was killed between a save and the removal of the older one.
         for file in _points(folder):
-            if file.rank == rank and file.point > self._point:
+            if file.rank == rank and file.point != self._point:
                 _discard(folder / file.name)
         remove_left_over(folder)
 
