@@ -863,7 +863,7 @@ class Killed(BaseException):
 
 
 def test_the_readmes_evaluator_goes_on_to_the_same_number(folder: Path, tmp_path: Path) -> None:
-    section = (REPOSITORY / "README.md").read_text().split("### An evaluator that goes on where it was")[1]
+    section = (REPOSITORY / "README.md").read_text().split("### An evaluation that goes on where it was")[1]
     code = section.split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}
     exec(code, names)
