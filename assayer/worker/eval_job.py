@@ -21,7 +21,7 @@ from assayer.checkpoint import identity, list_path
 from assayer.errors import CheckpointError, StateError
 from assayer.files import alone, printable, private_directory
 from assayer.plan import host_name, state_directory
-from assayer.progress import furthest
+from assayer.progress import choose_point, furthest
 from assayer.progress import remove as remove_progress
 from assayer.queues import Connection
 from assayer.queues.enqueue import LOST_MAX, Task, is_wanted, note_of, note_served
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 # RQ's own count of retries never decides: an attempt counts only when the evaluator itself ended badly.
 _AGAIN = 1_000_000
 
+# Attempts that are not counted, since each got further than the one before it.
+FURTHER_MAX = 50
 # Seconds that an evaluation's end waits for a checkpoint that is half written or half deleted.
 HALF_THERE = 5.0
 
@@ -124,8 +126,8 @@ def _evaluate(job: Job, task: Task) -> Any:
     logger.info("-> %s %s running", printable(os.path.basename(task.checkpoint)), task.evaluator.name)
     base = replace(base, attempts=base.attempts + 1)
     scratch = scratch_of(job, task) if task.merges else None
-    before = furthest(place.progress(task.identity))
-    ending, base = _attempt(job, task, place, base, source, scratch)
+    point = _point(task, place)
+    ending, base = _attempt(job, task, place, base, source, scratch, point)
     if ending.cause is None:
         told = Outcome(**ending.value)
         outcome = replace(
@@ -141,10 +143,12 @@ def _evaluate(job: Job, task: Task) -> Any:
         if ending.cause == REFUSED:
             # No attempt changes what a checkpoint holds.
             return _deliver(job, place, task, replace(base, status="failed", error=error, ended=now_utc()))
-    # An attempt that got further than all before it, and can be taken up where it ended, is not counted.
-    counted = base.attempts - (furthest(place.progress(task.identity)) > before)
+    # An attempt that got further than the one before it, and can be taken up where it ended, is not counted; up to a bound, since an
+    # evaluator may save without ever coming further.
+    further = furthest(place.progress(task.identity)) > (point or 0) and job.meta.get("further", 0) < FURTHER_MAX
+    counted = base.attempts - further
     if counted <= task.retries:
-        _keep(job, attempts=counted, runs=0, error=error)
+        _keep(job, attempts=counted, runs=0, error=error, further=job.meta.get("further", 0) + further)
         logger.warning("<- %s attempt %d ended badly: %s", printable(os.path.basename(task.checkpoint)), base.attempts, ending.message)
         return Retry(max=_AGAIN)
     status = "timeout" if ending.cause == "timeout" else "failed"
@@ -154,7 +158,7 @@ def _evaluate(job: Job, task: Task) -> Any:
 def _attempt(job: Job, task: Task, place: Place, base: Record, source: str, scratch: Scratch | None) -> tuple[child.Ending, Record]:
     """One try to evaluate, with the checkpoint merged first where that is needed; how it ended, and what the record gains by it."""
     if scratch is None:
-        ending, seconds = _timed(lambda: _call(job, task, place, base, source, source))
+        ending, seconds = _timed(lambda: _call(job, task, place, base, source, source, point))
         return ending, replace(base, seconds={"evaluate": seconds})
     began = time.monotonic()
     name = os.path.basename(task.checkpoint)
@@ -165,7 +169,7 @@ def _attempt(job: Job, task: Task, place: Place, base: Record, source: str, scra
             waited = round(time.monotonic() - began, 3)
             merged = {key: value for key, value in facts.items() if key != "boot"} | {"made_now": made}
             base = replace(base, merged=merged, notes=facts["notes"], seconds={"merge": waited})
-            ending, seconds = _timed(lambda: _call(job, task, place, base, source, str(path)))
+            ending, seconds = _timed(lambda: _call(job, task, place, base, source, str(path), point))
             return ending, replace(base, seconds={"merge": waited, "evaluate": seconds})
     except NotMerged as error:
         return error.ending, replace(base, seconds={"merge": round(time.monotonic() - began, 3)})
@@ -258,13 +262,18 @@ def _is_current(task: Task) -> bool:
         return False
 
 
-def _call(job: Job, task: Task, place: Place, base: Record, source: str, path: str) -> child.Ending:
+def _point(task: Task, place: Place) -> int | None:
+    """From where this evaluation goes on."""
+    return choose_point(place.progress(task.identity), _the_call(task, place, "", "", "").binding(_world_size(task)), _world_size(task))
+
+
+def _call(job: Job, task: Task, place: Place, base: Record, source: str, path: str, point: int | None) -> child.Ending:
     heading = f"{task.description}, attempt {base.attempts} on {base.host} at {base.started}"
     with tempfile.TemporaryDirectory(prefix="assayer-reports-") as folder:
         call = _the_call(task, place, source, path, os.path.join(folder, "reports"))
         try:
             with shown(job, place.progress(task.identity), Path(folder, "reports")):
-                return child.run(lambda: _in_child(task, call), place.log, task.timeout, heading)
+                return child.run(lambda: _in_child(task, call, point), place.log, task.timeout, heading)
         except JobTimeoutException:
             return child.Ending(cause="timeout", message=f"did not end within {task.timeout:g} s")
         except OSError as error:
@@ -291,23 +300,23 @@ def _the_call(task: Task, place: Place, source: str, path: str, reports: str) ->
     )
 
 
-def _processes(task: Task) -> int:
-    """One for each GPU of this worker's slot; as many as the watch says where there is none."""
-    return len(_gpus()) or task.processes
+def _world_size(task: Task) -> int:
+    """With a launcher, one process for each GPU of this worker's slot, or as many as the watch says where there is none."""
+    return 1 if task.launcher is None else len(_gpus()) or task.processes
 
 
 def _gpus() -> list[str]:
     return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
 
 
-def _in_child(task: Task, call: Call) -> dict[str, Any]:
+def _in_child(task: Task, call: Call, point: int | None) -> dict[str, Any]:
     """What the evaluator returns, called in the child's own process, or in as many processes below it as are asked for."""
     clean_environment()
     if task.launcher is not None:
         from assayer.worker import ranks
 
-        return ranks.launch(call, task.launcher, _processes(task)).to_json()
-    return make(call, point=call.point()).to_json()
+        return ranks.launch(call, task.launcher, _world_size(task)).to_json()
+    return make(call, point=point).to_json()
 
 
 def _make_folder(place: Place) -> None:
