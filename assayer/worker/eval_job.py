@@ -155,7 +155,9 @@ def _evaluate(job: Job, task: Task) -> Any:
     return _deliver(job, place, task, replace(base, status=status, error=error, ended=now_utc()))
 
 
-def _attempt(job: Job, task: Task, place: Place, base: Record, source: str, scratch: Scratch | None) -> tuple[child.Ending, Record]:
+def _attempt(
+    job: Job, task: Task, place: Place, base: Record, source: str, scratch: Scratch | None, point: int | None
+) -> tuple[child.Ending, Record]:
     """One try to evaluate, with the checkpoint merged first where that is needed; how it ended, and what the record gains by it."""
     if scratch is None:
         ending, seconds = _timed(lambda: _call(job, task, place, base, source, source, point))
