@@ -28,6 +28,7 @@ __all__ = [
     "fingerprint",
     "has_tokenizer",
     "load",
+    "load_config",
     "load_tokenizer",
     "place_of",
     "strict_loading",
@@ -81,6 +82,20 @@ def load(
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise _not_loaded(path, error) from error
     return model.to(place).eval()
+
+
+def load_config(path: str, config: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config that ``load`` would take, without the weights.
+
+    Raises:
+        EvaluatorError: there is none, or it is of no known model.
+    """
+    transformers = _need("transformers")
+    with with_config(path, config) as folder, _offline():
+        try:
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise _not_loaded(path, error) from error
 
 
 def _not_loaded(path: str, error: Exception) -> EvaluatorError:
