@@ -33,6 +33,7 @@ __all__ = [
     "place_of",
     "strict_loading",
     "tokenizer_place",
+    "warm",
     "with_config",
 ]
 
@@ -51,6 +52,15 @@ _INSIDE = ("", "huggingface", "actor/huggingface")
 _SAMPLES = 256
 # Names of keys that an error shows.
 _SHOWN = 3
+# What a model and a tokenizer load with; of the models Llama alone, with which come the parts that all share.
+_WARM = (
+    "torch",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "tokenizers",
+)
 # The first release of transformers that calls the argument dtype and not torch_dtype.
 _DTYPE_SINCE = (4, 56)
 
@@ -340,6 +350,15 @@ def _dtype_word(transformers: Any) -> str:
 
 def _has_accelerate() -> bool:
     return importlib.util.find_spec("accelerate") is not None
+
+
+def warm() -> None:
+    """Imports what ``load`` and ``load_tokenizer`` need, before a worker forks; no tensor is made, and no thread."""
+    for name in _WARM:
+        importlib.import_module(name)
+    with contextlib.suppress(ImportError, AttributeError):
+        # Version 5 compiles nine hundred patterns for the names of all models' tensors when it loads its first one.
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
 
 
 def _need(name: str) -> Any:

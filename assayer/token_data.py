@@ -15,6 +15,7 @@ import numpy
 from assayer.documents import Array, Piece, json_lines, pieces_of_file, pieces_of_text, tokenize
 from assayer.errors import EvaluatorError
 from assayer.files import digest, printable
+from assayer.token_cache import tokenized
 from assayer.token_source import Source, mapped
 
 __all__ = ["Batches", "Tokens", "read"]
@@ -116,12 +117,7 @@ def read(source: Source, tokenizer: Any = None, enough: int | None = None) -> To
     if source.kind in ("npy", "bin"):
         return Tokens([mapped(file, source) for file in source.files])
     if source.is_text:
-        pieces: Iterator[Piece]
-        if source.kind == "text":
-            pieces = itertools.chain.from_iterable(map(pieces_of_file, source.files))
-        else:
-            pieces = pieces_of_text(_texts(source))
-        tokens, sizes = tokenize(pieces, tokenizer, enough)
+        tokens, sizes = tokenized(source, tokenizer, enough, lambda: tokenize(_pieces(source), tokenizer, enough))
         return Tokens([tokens], sizes)
     arrays, count = [], 0
     for array in _lists(source):
@@ -130,6 +126,12 @@ def read(source: Source, tokenizer: Any = None, enough: int | None = None) -> To
         if enough is not None and count >= enough:
             break
     return Tokens([numpy.concatenate(arrays)] if arrays else [])
+
+
+def _pieces(source: Source) -> Iterator[Piece]:
+    if source.kind == "text":
+        return itertools.chain.from_iterable(map(pieces_of_file, source.files))
+    return pieces_of_text(_texts(source))
 
 
 def _texts(source: Source) -> Iterator[tuple[str, Any]]:

@@ -37,15 +37,6 @@ SAVE_SECONDS = 2.0
 _SPEED = {"cpu": 5e10}
 _SPEED_OF_GPUS = 5e13
 _BATCH_SECONDS = 0.01
-_WARM = (
-    "torch",
-    "transformers.modeling_utils",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
-    "tokenizers",
-    "encodings.utf_32_le",
-)
 
 
 def evaluate(
@@ -273,7 +264,7 @@ def check_files(names: Collection[str], arguments: Mapping[str, Any]) -> None:
 def warm() -> None:
     """Imports what an evaluation needs, so that a worker's children have it; no tensor is made, and no thread.
 
-    Of the models Llama alone, with which come the parts that all share. Not ``datasets``: a thread of its allocator would stay.
+    Not ``datasets``: a thread of its allocator would stay.
     """
-    for name in _WARM:
-        importlib.import_module(name)
+    language_model.warm()
+    importlib.import_module("encodings.utf_32_le")
