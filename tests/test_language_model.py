@@ -104,6 +104,18 @@ def test_what_old_checkpoints_keep_beside_the_weights_is_not_unexpected(copy: Pa
     assert language_model.fingerprint(language_model.load(str(copy))) == before
 
 
+def test_the_mask_that_old_checkpoints_of_gpt2_hold_is_not_unexpected(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
+    constants = {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    rewrite(tmp_path, lambda tensors: tensors.update(constants))
+    language_model.load(str(tmp_path))
+    rewrite(tmp_path, lambda tensors: tensors.update({"transformer.h.0.attn.c_attn.scale": torch.ones(1)}))
+    with pytest.raises(EvaluatorError, match=r"1 unexpected \(transformer\.h\.0\.attn\.c_attn\.scale\)"):
+        language_model.load(str(tmp_path))
+
+
 def test_strict_loading_ends_with_its_block(copy: Path) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
