@@ -59,6 +59,8 @@ def evaluate(
 ) -> dict[str, float]:
     """``eval/loss`` (nats a token), ``eval/perplexity``, ``eval/bits_per_byte`` where bytes are known, and ``tokens``, those predicted.
 
+    The loss of a token between two documents counts in all of them, though it stands for no bytes.
+
     With several processes (``WORLD_SIZE``) the batches are dealt out in turn, and every process returns the same.
 
     Args:
