@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import socket
@@ -263,7 +262,7 @@ def test_what_a_checkpoint_lacks_is_told_before_its_weights_are_read(llama: Path
 
 # What a worker does: it imports what an evaluation needs once, then forks a child (a rank) for each order that it reads.
 WORKER = """
-import json, os, sys, threading, traceback
+import json, os, signal, sys, threading, traceback
 from pathlib import Path
 from assayer.evaluators import loss
 from assayer.progress import Binding, Progress, choose_point
@@ -271,7 +270,13 @@ from assayer.progress import Binding, Progress, choose_point
 def evaluate(order, rank, ranks, point):
     loss.SAVE_SECONDS = order.get("save_seconds", loss.SAVE_SECONDS)
     reports = Path(f"{order['reports']}{rank}")
-    tell = lambda done, total: reports.write_text(f"{done} {total}")
+    stop = order.get("stops", {}).get(str(rank), 10**9)
+
+    def tell(done, total):
+        reports.write_text(f"{done} {total}")
+        while done >= stop:
+            signal.pause()  # until it is killed
+
     progress = Progress(Path(order["progress"]), binding(ranks), rank, ranks, point, tell)
     metrics = loss.evaluate(order["path"], progress=progress, **order["arguments"])
     Path(f"{order['answer']}{rank}").write_text(json.dumps(metrics))
@@ -348,11 +353,12 @@ class Evaluation:
         self.folder, self.worker = folder, worker
         self.order = {"path": str(llama), "arguments": arguments, "save_seconds": 0.05, **names, **more}
 
-    def start(self) -> list[int]:
+    def start(self, **stops: int) -> list[int]:
+        """The pids of the ranks. Each waits to be killed where it is told to stop: ``rank0=103`` at batch 103, or its next one."""
         for file in self.folder.glob("reports*"):
             file.unlink()
         port = {"port": free_port()} if "ranks" in self.order else {}
-        return self.worker.start(self.order | port)
+        return self.worker.start(self.order | port | {"stops": {rank.removeprefix("rank"): number for rank, number in stops.items()}})
 
     def done(self, rank: int = 0) -> int:
         """The number of the last batch that this rank has told of since the last start; 0 before the first."""
@@ -360,6 +366,9 @@ class Evaluation:
             return int(((self.folder / f"reports{rank}").read_text() or "0").split()[0])
         except FileNotFoundError:
             return 0
+
+    def reach(self, number: int, rank: int = 0) -> None:
+        until(lambda: self.done(rank) >= number)
 
     def answer(self, rank: int = 0) -> Any:
         return json.loads((self.folder / f"answer{rank}").read_text())
@@ -375,38 +384,37 @@ def undisturbed(llama: Path, worker: Worker, tmp_path_factory: pytest.TempPathFa
 
 def test_a_killed_evaluation_comes_to_the_same_numbers(llama: Path, worker: Worker, undisturbed: Any, tmp_path: Path) -> None:
     evaluation = Evaluation(tmp_path / "run", llama, worker)
-    random.seed(1)
 
-    # when: it is killed three times in the middle.
+    # when: it is killed three times in the middle, between two saves.
     firsts = []
-    for aim in (100 + random.randrange(50), 200 + random.randrange(50), 300 + random.randrange(50)):
-        pids = evaluation.start()
+    for aim in (103, 207, 311):
+        pids = evaluation.start(rank0=aim)
         firsts.append(until(evaluation.done))
-        until(lambda aim=aim: evaluation.done() >= aim)  # type: ignore[misc]
+        evaluation.reach(aim)
         os.kill(pids[0], signal.SIGKILL)
-        assert worker.wait() == [-9], "it ended before it was killed"
-    assert firsts[1] > 90 and firsts[2] > 190, "it began anew"
+        assert worker.wait() == [-9]
     evaluation.start()
     assert worker.wait() == [0]
 
-    # then: every number is what it is undisturbed, to the last digit.
+    # then: it went on from the save before each, and every number is what it is undisturbed, to the last digit.
+    assert firsts[1] > 90 and firsts[2] > 190, "it began anew"
     assert evaluation.answer() == undisturbed
 
 
 def test_ranks_killed_at_different_batches_come_to_the_same_numbers(llama: Path, worker: Worker, undisturbed: Any, tmp_path: Path) -> None:
     # when: two processes share the batches, and are killed one after the other.
     evaluation = Evaluation(tmp_path / "run", llama, worker, ranks=2)
-    pids = evaluation.start()
-    until(lambda: evaluation.done(1) >= 100)
+    pids = evaluation.start(rank0=307, rank1=104)
+    evaluation.reach(104, rank=1)
     os.kill(pids[1], signal.SIGKILL)
-    until(lambda: evaluation.done(0) >= 300)
+    evaluation.reach(307)
     os.kill(pids[0], signal.SIGKILL)
     assert worker.wait() == [-9, -9]
     evaluation.start()
     first = until(lambda: evaluation.done(0))
     assert worker.wait() == [0, 0]
 
-    # then: they go on from where both were, and both say what one alone says.
+    # then: they went on from where both were, and both say what one alone says.
     assert first > 50, "it began anew"
     for rank in (0, 1):
         assert evaluation.answer(rank) == {name: pytest.approx(value, abs=1e-6) for name, value in undisturbed.items()}
