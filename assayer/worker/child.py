@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import select
 import signal
@@ -18,13 +19,13 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from assayer.errors import AssayerError
 
-__all__ = ["GIVEN_UP", "Ending", "become_reaper", "descendants", "die_with_parent", "end_descendants", "give_up_on", "run"]
+__all__ = ["GIVEN_UP", "EndedBadly", "Ending", "become_reaper", "descendants", "die_with_parent", "end_descendants", "give_up_on", "run"]
 
 # Bytes of an evaluator's output that are kept: so much from its start, so much from its end.
 LOG_HEAD = 8 << 20
@@ -56,6 +57,14 @@ class Ending:
     cause: str | None = None
     message: str = ""
     traceback: str | None = None
+
+
+class EndedBadly(Exception):
+    """What a function raises that has itself learned how an evaluation ended elsewhere: ``run`` returns this very ending."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending.message)
+        self.ending = ending
 
 
 def _prctl(option: int, value: int) -> None:
@@ -168,12 +177,12 @@ def _reap() -> None:
             pass
 
 
-def run(function: Callable[[], Any], log: Path, timeout: float, heading: str) -> Ending:
+def run(function: Callable[[], Any], log: Path | None, timeout: float = math.inf, heading: str = "") -> Ending:
     """Calls ``function`` in a forked child and returns how that ended; when it returns, no process below the caller is left.
 
     Args:
         function: what to call; its value must be JSON.
-        log: takes the child's standard output and error, appended, the middle left out past 9 MiB.
+        log: takes the child's standard output and error, appended, the middle left out past 9 MiB; None: they go where this process's go.
         timeout: seconds after which the child is ended.
         heading: first line of this run in the log.
 
@@ -183,11 +192,12 @@ def run(function: Callable[[], Any], log: Path, timeout: float, heading: str) ->
     _give_up_if_ordered()
     become_reaper()
     killed_before = _oom_kills()
-    with _open_log(log) as file:
-        file.write(f"--- {heading}\n".encode(errors="replace"))
-        file.flush()
+    with _open_log(log) if log else contextlib.nullcontext() as file:
+        if file:
+            file.write(f"--- {heading}\n".encode(errors="replace"))
+            file.flush()
         answer = os.memfd_create("answer") if hasattr(os, "memfd_create") else _unnamed_file()
-        read_end, write_end = os.pipe()
+        read_end, write_end = os.pipe() if file else (None, None)
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
@@ -198,15 +208,18 @@ def run(function: Callable[[], Any], log: Path, timeout: float, heading: str) ->
             _child(function, answer, write_end, parent)
         _giving_up.child = pid
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.close(write_end)
-        reader = threading.Thread(target=_copy, args=(read_end, file), daemon=True)
-        reader.start()
+        reader = None
+        if write_end is not None:
+            os.close(write_end)
+            reader = threading.Thread(target=_copy, args=(read_end, file), daemon=True)
+            reader.start()
         try:
             status = _wait(pid, timeout)
         finally:
             _giving_up.child = 0
             end_descendants()
-        reader.join(GRACE)
+        if reader:
+            reader.join(GRACE)
         os.lseek(answer, 0, os.SEEK_SET)
         with os.fdopen(answer, "rb") as stored:
             text = stored.read()
@@ -271,7 +284,7 @@ def _exits_within(pid: int, timeout: float) -> bool:
     return False
 
 
-def _child(function: Callable[[], Any], answer: int, output: int, parent: int) -> None:
+def _child(function: Callable[[], Any], answer: int, output: int | None, parent: int) -> None:
     """The child's whole life; never returns."""
     code = 1
     try:
@@ -288,9 +301,10 @@ def _child(function: Callable[[], Any], answer: int, output: int, parent: int) -
                 os.close(descriptor)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.close(output)
+        if output is not None:
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.close(output)
         sys.stdin = open(0, closefd=False)
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
@@ -302,6 +316,8 @@ def _child(function: Callable[[], Any], answer: int, output: int, parent: int) -
             told = _told("exit", f"the evaluator called sys.exit({error.code!r})", error)
         except AssayerError as error:
             told = {"cause": "evaluator", "message": str(error)}
+        except EndedBadly as error:
+            told = asdict(error.ending)
         except BaseException as error:
             name = type(error).__name__
             out_of_memory = isinstance(error, MemoryError) or "OutOfMemory" in name

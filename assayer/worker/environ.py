@@ -17,7 +17,8 @@ LAUNCHERS = ("torchrun", "accelerate")
 # Variables by which torchrun, MPI and Slurm tell a process its rank; with them an evaluation would wait for peers that never come.
 _LAUNCHER = re.compile(
     r"RANK|LOCAL_RANK|GLOBAL_RANK|NODE_RANK|GROUP_RANK|ROLE_RANK|ROLE_NAME|ROLE_WORLD_SIZE|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE"
-    r"|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_\w+|TORCH_NCCL_\w+|PET_\w+|OMPI_\w+|PMI_\w+|PMIX_\w+|MPI_\w+|ACCELERATE_\w+|FSDP_\w+|DEEPSPEED_\w+"
+    r"|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_\w+|TORCH_NCCL_\w+|PET_\w+|OMPI_\w+|MV2_COMM_WORLD_\w+|PMI_\w+|PMIX_\w+|MPI_\w+"
+    r"|ACCELERATE_\w+|FSDP_\w+|DEEPSPEED_\w+"
     r"|SLURM_(PROCID|LOCALID|NODEID|NTASKS\w*|NPROCS|STEP\w*|TASKS_PER_NODE|TASK_PID|GTIDS|LAUNCH\w*|SRUN\w*|DISTRIBUTION|CPU_BIND\w*)"
 )
 
