@@ -1,7 +1,6 @@
 """The flags of ``python -m assayer.watch``: from words to plans, on disk before anything runs."""
 
 import glob
-import json
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from rich.console import Console
 from assayer import cli, refs
 from assayer.containers import VARIANTS
 from assayer.errors import EvaluatorError, StateError, UsageError
+from assayer.evaluator_flags import ARGUMENT_HELP, EVALUATOR_HELP, parse_evaluators
 from assayer.files import printable
 from assayer.merge.command import merge_options
 from assayer.merge.names import KEY_MAPS, key_map
@@ -56,7 +56,7 @@ LISTING_TIMEOUT = 120
     multiple=True,
     required=True,
     metavar="[NAME=]REF",
-    help="What evaluates: path/to/file.py:function, pkg.module.function, pkg.module:function, or the built-in lm_eval or loss. Repeatable.",
+    help=f"{EVALUATOR_HELP} Repeatable.",
 )
 @click.option(
     "-E",
@@ -64,7 +64,7 @@ LISTING_TIMEOUT = 120
     "arguments",
     multiple=True,
     metavar="[NAME:]KEY=VALUE",
-    help="Keyword for the evaluators, or for the one called NAME; VALUE is read as JSON, else as a string. Repeatable.",
+    help=f"{ARGUMENT_HELP} Repeatable.",
 )
 @click.option(
     "--regex_filter", metavar="REGEX", help="Only checkpoints whose path below the directory has a match.  [default: all of a known format]"
@@ -189,7 +189,7 @@ def main(
     _check_flags(flags)
     chosen = target(redis_url, redis_host, redis_port, state)
     found = _directories(directories, cwd, wait_for_directory)
-    wanted = _evaluators(evaluators, arguments, cwd)
+    wanted = parse_evaluators(evaluators, arguments, cwd)
     for warning in [refs.check(e.reference, e.arguments, torch_elsewhere=num_eval_workers == 0) for e in wanted]:
         if warning:
             errors.print(f"assayer: warning: {printable(warning)}", markup=False)
@@ -369,47 +369,6 @@ def _directories(given: tuple[str, ...], cwd: Path, may_be_missing: bool) -> lis
         if (path, is_pattern) not in found:
             found.append((path, is_pattern))
     return found
-
-
-def _evaluators(given: tuple[str, ...], arguments: tuple[str, ...], cwd: Path) -> list[Evaluator]:
-    """The evaluators by name, each with its arguments.
-
-    Raises:
-        EvaluatorError: a reference leads nowhere, a name is not allowed or stands for two functions.
-        UsageError: an argument has no key, or names no evaluator.
-    """
-    named: dict[str, Evaluator] = {}
-    for text in given:
-        label = re.match(r"([^=:]*)=(.+)", text) if not Path(text.partition(":")[0]).exists() else None
-        if label and not re.fullmatch(r"\w[\w.-]{,99}", label[1]):
-            raise EvaluatorError(f"the evaluator's name {printable(label[1])!r} may hold letters, digits, '_', '.' and '-', 100 at most")
-        reference = refs.parse(label[2] if label else text, cwd)
-        name, bare = (label[1], label[2]) if label else (reference.name, text)
-        if name in named and named[name].reference != reference:
-            raise EvaluatorError(f"two evaluators are called {name!r}; give one of them another name: --evaluator other={printable(bare)}")
-        named[name] = Evaluator(name, reference, source=refs.source_digest(reference))
-    for text in arguments:
-        key, equals, value = text.partition("=")
-        scope, colon, inner = key.rpartition(":")
-        if not equals or not inner.isidentifier():
-            raise UsageError(f"-E {printable(text)} must be KEY=VALUE or NAME:KEY=VALUE")
-        if colon and scope not in named:
-            raise UsageError(f"-E {printable(text)}: no evaluator is called {printable(scope)!r}; there are {', '.join(named)}")
-        for name in [scope] if colon else list(named):
-            named[name].arguments[inner] = _value(value)
-    return list(named.values())
-
-
-def _value(text: str) -> Any:
-    def refuse(name: str) -> Any:
-        raise ValueError(name)
-
-    try:
-        value = json.loads(text, parse_constant=refuse)
-        json.dumps(value, allow_nan=False)  # 1e999 is read as infinity, which no JSON file can hold
-        return value
-    except (ValueError, RecursionError):
-        return text
 
 
 def _refuse_others(plans: list[Plan], store: PlanStore) -> None:
