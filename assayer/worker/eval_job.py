@@ -29,8 +29,8 @@ from assayer.record import Place, Record, hold_folder, now_utc
 from assayer.worker import child, hold
 from assayer.worker.call import Call, Outcome, clean_environment, make
 from assayer.worker.merging import REFUSED, UNREADABLE, NotMerged, merge_for, scratch_of
-from assayer.worker.reports import shown
 from assayer.worker.scratch import Scratch
+from assayer.worker.shown import shown
 
 __all__ = ["evaluate"]
 
