@@ -10,6 +10,7 @@ COMMANDS = {
     "watch": "assayer.watch.command",
     "worker": "assayer.worker.command",
     "merge": "assayer.merge.command",
+    "evaluate": "assayer.evaluate",
     "status": "assayer.status",
     "shutdown": "assayer.shutdown",
 }

@@ -20,7 +20,7 @@ FLOORS = {
     "merge": 4,
     "worker": 5,
     "watch": 6,
-    **dict.fromkeys(["status", "shutdown"], 7),
+    **dict.fromkeys(["status", "shutdown", "evaluate"], 7),
     "cli": 1,
 }
 
@@ -98,6 +98,7 @@ def test_no_job_function_lives_in_a_module_that_is_run() -> None:
             (name, ["torch", "numpy", "redis", "rq", "rich", "transformers"])
             for name in ("assayer.merge", "assayer.merge.command", "assayer.merge.state_dict")
         ),
+        ("assayer.evaluate", ["torch", "redis", "rq", "transformers"]),
         *((name, ["torch", "redis", "rq"]) for name in ("assayer.record", "assayer.plan", "assayer.refs", "assayer.formats")),
         ("assayer.progress", ["torch", "numpy", "redis", "rq", "rich"]),
         ("assayer", ["torch", "redis", "rq", "click", "rich"]),

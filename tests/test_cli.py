@@ -26,14 +26,14 @@ def test_every_command_has_help_under_both_of_its_names(house: House, name: str)
         [sys.executable, "-m", f"assayer.{name}", "--help"], capture_output=True, text=True, env=house.environment, check=True
     ).stdout
     assert flags(short) == flags(long)
-    assert ("--redis_url" in short) is (name != "merge")
+    assert ("--redis_url" in short) is (name not in ("merge", "evaluate"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_flag_may_be_spelled_with_hyphens_and_underscores(name: str) -> None:
     main = importlib.import_module(COMMANDS[name]).main
     for option in main.params:
-        for flag in option.opts:
+        for flag in option.opts if option.param_type_name == "option" else []:
             for spelled in (flag, flag[:2] + flag[2:].replace("_", "-")):
                 done = CliRunner().invoke(main, [spelled, *([] if option.is_flag else ["1"]), "--help"])
                 assert (done.exit_code, done.output[:6]) == (0, "Usage:"), f"{spelled}: {done.output}"
@@ -113,6 +113,9 @@ def test_a_mistake_is_one_line_that_says_what_is_allowed(house: House, words: li
         ["worker", "--gpus", "x"],
         ["worker", "--gpus_per_eval", 2],
         ["worker", "--gpus", "0,1,2", "--gpus_per_eval", 2],
+        ["evaluate"],
+        ["evaluate", "."],
+        ["evaluate", ".", "--evaluator", "lm_evil"],
     ],
 )
 def test_other_mistakes_are_one_line_too(house: House, words: list[str]) -> None:

@@ -24,9 +24,9 @@ __all__ = ["Call", "Outcome", "clean_environment", "make"]
 class Call:
     """What an evaluator is called with.
 
-    ``path`` is what it reads, ``original_path`` the checkpoint itself; ``output``, ``samples`` and ``progress`` are where its own files,
-    its samples and its unfinished state go; ``reports`` is a file that tells how far it is (None: nobody asks). ``is_ambiguous`` says that
-    the path alone does not tell which of the weights in it are meant.
+    ``path`` is what it reads, ``original_path`` the checkpoint itself; ``output``, ``samples`` (None: nowhere) and ``progress`` are where
+    its own files, its samples and its unfinished state go; ``reports`` is a file that tells how far it is (None: nobody asks).
+    ``is_ambiguous`` says that the path alone does not tell which of the weights in it are meant.
     """
 
     reference: Reference
@@ -39,7 +39,7 @@ class Call:
     weights: str
     source: str | None
     output: str
-    samples: str
+    samples: str | None
     progress: str
     reports: str | None = None
     is_ambiguous: bool = False
