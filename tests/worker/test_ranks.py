@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, until
+from conftest import REPOSITORY, House, until
 
 from assayer.errors import EvaluatorError
 from assayer.worker import ranks
@@ -46,6 +46,16 @@ def second_ends(path, how):
     if RANK == 1:
         exec(how)
     time.sleep(1000)
+
+def second_fails(path, how):
+    if RANK == 1:
+        exec(how)
+    time.sleep(1000)
+
+def waits(path, here):
+    Path(here, f"here-{RANK}-{os.getpid()}").touch()
+    wait_for(here, "go")
+    return {"ranks": WORLD_SIZE}
 
 def follows(path):
     # The first is missed by the second at once, long before it has been waited for.
@@ -215,3 +225,38 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: p
     monkeypatch.setattr(ranks, "find_spec", lambda name: None)
     with pytest.raises(EvaluatorError, match=r"--launcher accelerate needs accelerate, .* pip install 'assayer\[accelerate\]'"):
         ranks.refuse_missing("accelerate")
+
+
+@pytest.mark.slow
+def test_a_watch_with_a_launcher_has_one_record_of_all_ranks(house: House) -> None:
+    evaluators = house.file("evaluators.py", EVALUATORS)
+    house.save("model_step1.pt")
+    several = ["--launcher", "torchrun", "--gpus_per_eval", 2, "--retries", 0]
+    house.once(*several, evaluator=f"{evaluators}:meeting")
+    written = house.record("model_step1.pt", "meeting")
+    assert written is not None and written["metrics"] == {"sum": 11.0, "ranks": 2}
+    house.once(*several, "-E", "how=raise ValueError('no')", check=False, evaluator=f"failing={evaluators}:second_fails")
+    failed = house.record("model_step1.pt", "failing")
+    assert failed is not None and failed["error"]["message"] == "rank 1 of 2: ValueError: no"
+    assert "ValueError: no" in failed["error"]["traceback"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_worker_that_is_ended_takes_its_ranks_along_and_they_are_started_anew(house: House, number: int) -> None:
+    evaluators = house.file("evaluators.py", EVALUATORS)
+    house.save("model_step1.pt")
+    house.watch(
+        *("--launcher", "torchrun", "--gpus_per_eval", 2, "--eval_existing", "-E", f"here={house.root}"), evaluator=f"{evaluators}:waits"
+    )
+
+    def ranks_here() -> list[int]:
+        return [int(path.name.split("-")[2]) for path in house.root.glob("here-*-*")]
+
+    first = until(lambda: len(ranks_here()) == 2 and ranks_here())
+    (worker,) = house.workers("eval")
+    os.kill(worker, number)
+    until(lambda: all(is_gone(pid) for pid in first))
+    (house.root / "go").touch()
+    until(lambda: house.record("model_step1.pt", "waits"))
+    assert len(ranks_here()) == 4
