@@ -1,10 +1,13 @@
 """What all commands share: one spelling of flags, one-line errors with an exit code, and the flags that name the Redis."""
 
+import contextlib
 import functools
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +18,7 @@ from assayer.errors import AssayerError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["URL_VARIABLE", "command", "console", "hide_passwords", "redis_options", "run", "without_secrets"]
+__all__ = ["URL_VARIABLE", "command", "console", "ended_once", "hide_passwords", "redis_options", "run", "without_secrets"]
 
 
 def _underscored(token: str) -> str:
@@ -26,6 +29,9 @@ def _underscored(token: str) -> str:
 URL_VARIABLE = "ASSAYER_REDIS_URL"
 _URL_FLAG = "--redis_url"
 _OTHER_WAYS = ("--redis_host", "--redis_port")
+
+# What ends a command in the foreground.
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # Columns of a table that is written into a pipe.
 PIPE_WIDTH = 240
@@ -156,6 +162,31 @@ def run(main: click.Command, program: str) -> None:
 
 def _say(text: str) -> None:
     print(f"assayer: error: {' '.join(text.split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def ended_once() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a terminal that is closed end the block, once: what clears up behind it is not interrupted again.
+
+    After SIGTERM the exit code is 143, after SIGHUP 129, as a shell counts them.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    # What is ignored, as under nohup, is nothing to heed.
+    before: dict[int, Callable[..., Any] | int | None] = {
+        number: handler for number in _ENDS if (handler := signal.getsignal(number)) != signal.SIG_IGN
+    }
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def console() -> "Console":

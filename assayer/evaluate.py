@@ -8,17 +8,14 @@ import contextlib
 import json
 import logging
 import os
-import platform
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
@@ -36,7 +33,7 @@ from assayer.merge.hf import companions
 from assayer.merge.run import Options, find_checkpoint
 from assayer.merge.run import run as run_merge
 from assayer.plan import Evaluator, host_name, state_directory
-from assayer.record import Record, now_utc
+from assayer.record import Record, installed_versions, now_utc
 from assayer.watch.ready import Seen, examine
 from assayer.worker import child, ranks
 from assayer.worker.call import Call, Outcome, clean_environment, make
@@ -51,7 +48,6 @@ KEPT = 30 * 86400.0
 HALF_THERE = 5.0
 # The merges of these commands among those of the workers, which all have keys of hexadecimal digits.
 _OWN = "alone-"
-_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @cli.command("evaluate")
@@ -76,12 +72,14 @@ def main(checkpoint: str, evaluator: str, arguments: tuple[str, ...], **flags: A
     (named,) = parse_evaluators((evaluator,), arguments, cwd)
     output = _output(flags["output"])
     processes = _processes(flags["launcher"], flags["processes"])
+    if flags["scratch_dir"] is not None and not os.path.isdir(flags["scratch_dir"]):
+        raise UsageError(f"--scratch_dir {printable(flags['scratch_dir'])} is no directory; correct the path")
     seen = _whole(checkpoint, flags["weights"])
     warning = refs.check(named.reference, named.arguments, torch_elsewhere=False)
     if warning:
         _say(f"warning: {warning}")
     wanted = _Wanted(seen, named, _options(flags, named), flags["merge"], flags["launcher"], processes, flags["scratch_dir"], output)
-    with _ended_once():
+    with cli.ended_once():
         record = _evaluate(wanted)
     if output is not None:
         write_json(output, record.to_json())
@@ -237,10 +235,7 @@ def _refuse_changed(seen: Seen) -> None:
 
 
 def _in_child(call: Call, launcher: str | None, processes: int) -> dict[str, Any]:
-    _print_to_stderr()
-    # A Ctrl-C reaches this process, too: whoever waits for it ends it, without a traceback.
-    signal.signal(signal.SIGINT, lambda number, frame: None)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    _become_quiet()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("assayer: %(message)s"))
     logging.getLogger("assayer").addHandler(handler)
@@ -251,9 +246,12 @@ def _in_child(call: Call, launcher: str | None, processes: int) -> dict[str, Any
     return make(call, point=call.point()).to_json()
 
 
-def _print_to_stderr() -> None:
-    """Whatever an evaluator prints, the last line of standard output is ours."""
+def _become_quiet() -> None:
+    """In a child: the last line of standard output is the command's own, and a Ctrl-C, which a terminal sends to this process too, is for
+    the command to heed, which then ends its children without a traceback."""
     os.dup2(2, 1)
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -265,23 +263,22 @@ def _readable(wanted: _Wanted, stations: _Stations) -> Iterator[str]:
         return
     scratch = Scratch(wanted.scratch_dir, None, lambda key: not key.startswith(_OWN))
     key = _OWN + wanted.key
-    # What a killed command has left may have been merged with another config since.
-    scratch.release(key)
-    try:
-        with stations.timed("merge"):
-            lent = contextlib.ExitStack()
-            path, facts, _ = lent.enter_context(scratch.lend(key, wanted.checkpoint.name, lambda path: _merged(wanted, scratch, key, path)))
-        with lent:
-            stations.merged = {name: value for name, value in facts.items() if name != "boot"}
-            for note in facts["notes"]:
-                _say(f"note: {note}")
-            yield str(path)
-    except OSError as error:
-        raise StateError(f"cannot use the scratch directory {printable(str(scratch.root))}: {error.strerror}") from None
-    finally:
+    with contextlib.ExitStack() as behind:
+        behind.callback(scratch.release, key)
         # A process that is left would read on.
-        child.end_descendants()
+        behind.callback(child.end_descendants)
+        # What a killed command has left may have been merged with another config since.
         scratch.release(key)
+        try:
+            with stations.timed("merge"):
+                lent = scratch.lend(key, wanted.checkpoint.name, lambda path: _merged(wanted, scratch, key, path))
+                path, facts, _ = behind.enter_context(lent)
+        except OSError as error:
+            raise StateError(f"cannot use the scratch directory {printable(str(scratch.root))}: {error.strerror}") from None
+        stations.merged = {name: value for name, value in facts.items() if name != "boot"}
+        for note in facts["notes"]:
+            _say(f"note: {note}")
+        yield str(path)
 
 
 def _check_files(wanted: _Wanted) -> None:
@@ -303,7 +300,7 @@ def _merged(wanted: _Wanted, scratch: Scratch, key: str, path: Path) -> dict[str
     """Merges in a child process, since comparing with the model starts torch, and a process that has is not forked any more."""
 
     def merge() -> dict[str, Any]:
-        _print_to_stderr()
+        _become_quiet()
         found = find_checkpoint(Path(wanted.checkpoint.path))
         with merge_command.progress() as (started, advance):
             done = run_merge(found, path, wanted.options, started, advance, lambda size: _reserve(scratch, key, size), flush=False)
@@ -364,7 +361,8 @@ def _state(key: str) -> Iterator[Path]:
         yield folder / key
     finally:
         child.end_descendants()
-        shutil.rmtree(folder / f"{key}.files", ignore_errors=True)
+        if not progress.has_progress(folder / key):
+            shutil.rmtree(folder / f"{key}.files", ignore_errors=True)
         lock.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -376,32 +374,8 @@ def _forget_old(folder: Path) -> None:
                 progress.remove(entry)
 
 
-@contextlib.contextmanager
-def _ended_once() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a terminal that is closed end what runs, once: what clears up behind it is not interrupted again."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    # Under nohup the terminal's end is nothing to heed.
-    before: dict[int, Callable[..., Any] | int | None] = {n: signal.getsignal(n) for n in _ENDS if signal.getsignal(n) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _record(wanted: _Wanted, outcome: Outcome, stations: _Stations, started: str) -> Record:
     evaluator, position = wanted.evaluator, wanted.checkpoint.position
-    versions = {"python": platform.python_version()}
-    for package in ("assayer", "torch"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
     record = Record(
         checkpoint=wanted.checkpoint.path,
         format=wanted.checkpoint.format,
@@ -424,7 +398,7 @@ def _record(wanted: _Wanted, outcome: Outcome, stations: _Stations, started: str
         seconds=stations.seconds,
         host=host_name(),
         gpus=list(visible_gpus(os.environ)),
-        versions=versions,
+        versions=installed_versions(),
         merged=stations.merged,
     )
     notes = (stations.merged or {}).get("notes", []) + outcome.notes

@@ -6,17 +6,30 @@ The record is the memory of "done": a checkpoint whose identity and evaluator's 
 import contextlib
 import math
 import os
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from assayer.errors import AssayerError
 from assayer.files import digest, read_json, remove_left_over, short_name, write_json
 
-__all__ = ["OWN_FOLDERS", "STATUSES", "Place", "Record", "flatten", "hold_folder", "hold_key", "now_utc", "run_folder"]
+__all__ = [
+    "OWN_FOLDERS",
+    "STATUSES",
+    "Place",
+    "Record",
+    "flatten",
+    "hold_folder",
+    "hold_key",
+    "installed_versions",
+    "now_utc",
+    "run_folder",
+]
 
 SCHEMA = 1
 STATUSES = ("finished", "failed", "timeout", "superseded", "vanished", "skipped", "cancelled")
@@ -39,6 +52,15 @@ _ROOM = 40
 def now_utc() -> str:
     """This moment in UTC, ISO 8601 with microseconds."""
     return datetime.now(UTC).isoformat()
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of Python, assayer and torch, as far as they are installed here."""
+    found = {"python": platform.python_version()}
+    for package in ("assayer", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,7 @@ def test_words_that_cannot_be_carried_out_are_refused_before_anything_is_done(de
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "--processes 2 needs --launcher torchrun or accelerate" in refused(desk, UsageError, checkpoint, "--processes", 2)
     assert "give the number of processes" in refused(desk, UsageError, checkpoint, "--launcher", "torchrun")
+    assert "none is no directory" in refused(desk, UsageError, checkpoint, "--scratch_dir", desk.house.root / "none")
     assert "is a directory; give a file" in refused(desk, UsageError, checkpoint, "--output", desk.house.runs)
     assert "is no directory that this user may write in" in refused(desk, UsageError, checkpoint, "--output", desk.house.runs / "a" / "b")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

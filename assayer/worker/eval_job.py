@@ -3,12 +3,10 @@
 import contextlib
 import logging
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from assayer.progress import choose_point, furthest
 from assayer.progress import remove as remove_progress
 from assayer.queues import Connection
 from assayer.queues.enqueue import LOST_MAX, Task, is_wanted, note_of, note_served
-from assayer.record import Place, Record, hold_folder, now_utc
+from assayer.record import Place, Record, hold_folder, installed_versions, now_utc
 from assayer.worker import child, hold
 from assayer.worker.call import Call, Outcome, clean_environment, make
 from assayer.worker.merging import REFUSED, UNREADABLE, NotMerged, merge_for, scratch_of
@@ -352,10 +350,6 @@ def _record(task: Task, place: Place, job: Job) -> Record:
         "source": refs.source_digest(task.evaluator.reference),
         "arguments": task.evaluator.arguments,
     }
-    versions = {"python": platform.python_version()}
-    for package in ("assayer", "torch"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
     return Record(
         checkpoint=task.checkpoint,
         format=task.format,
@@ -371,7 +365,7 @@ def _record(task: Task, place: Place, job: Job) -> Record:
         started=now_utc(),
         host=host_name(),
         gpus=_gpus(),
-        versions=versions,
+        versions=installed_versions(),
         log=str(place.log),
     )
 
