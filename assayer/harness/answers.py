@@ -148,7 +148,7 @@ class Answers:
     def _detect(self, kind: str, longest: list[Any]) -> int:
         if kind != "loglikelihood":
             return int(self._model._detect_batch_size())
-        tokens = max((self._model.tok_encode(r.args[0] + r.args[1]) for r in longest[:16]), key=len)
+        tokens = max((self._model.tok_encode(r.args[0] + r.args[1]) for r in longest), key=len)
         return int(self._model._detect_batch_size([("", tokens[:-1], tokens[-1:])]))
 
 

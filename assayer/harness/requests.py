@@ -2,7 +2,7 @@
 
 lm-eval's own cache of requests is keyed by the task's name, not by its data, builds all documents even under a limit, gives each rank
 other few-shot examples, and is a pickle. Here one JSON file a task lies in ``$XDG_CACHE_HOME/assayer/lm_eval`` (``~/.cache`` by default),
-of this user alone; its name is a digest of all that requests depend on. Files not used for 30 days, and the oldest beyond 2 GiB, are removed.
+of this user alone; its name is a digest of all that requests depend on. Files not used for 30 days, and the oldest beyond 2 GiB, go.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from assayer.errors import StateError
+from assayer.errors import EvaluatorError, StateError
 from assayer.files import digest, printable, private_directory, write_whole
 from assayer.harness.settings import Settings
 
@@ -65,15 +65,21 @@ def build(tasks: dict[str, Any], settings: Settings, lm: Any, tokenizer: str) ->
 
 def _build(task: Any, limit: int | None, settings: Settings, lm: Any) -> None:
     chat = settings.apply_chat_template
-    task.build_all_requests(
-        limit=limit,
-        rank=0,
-        world_size=1,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=True,
-        chat_template=lm.apply_chat_template if chat else None,
-        tokenizer_name=lm.tokenizer_name if chat else "",
-    )
+    if chat and getattr(getattr(lm, "tokenizer", None), "chat_template", "") is None:
+        raise EvaluatorError("apply_chat_template: the tokenizer has no chat template; give another tokenizer, or leave it out")
+    try:
+        task.build_all_requests(
+            limit=limit,
+            rank=0,
+            world_size=1,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=True,
+            chat_template=lm.apply_chat_template if chat else None,
+            tokenizer_name=lm.tokenizer_name if chat else "",
+        )
+    except ValueError as error:
+        # No documents, or fewer than it has examples to draw.
+        raise EvaluatorError(f"task {printable(task.task_name)}: its requests cannot be built: {printable(str(error))[:300]}") from error
 
 
 def _general_key(settings: Settings, lm: Any, tokenizer: str) -> str:
@@ -103,7 +109,7 @@ def _file_of(task: Any, limit: int | None, general: str, settings: Settings, fol
     code = [_code_digest(folder, folders) for folder in (os.path.dirname(source), settings.include_path) if folder]
     try:
         described = json.dumps([config, metadata], sort_keys=True, default=_source)
-        data = [_data_digest(task.eval_docs)]
+        data = [_data_digest(getattr(task, "task_docs", None) or task.eval_docs)]
         if config.get("num_fewshot"):
             data.append(_data_digest(task.fewshot_docs()))
         return private_directory(cache_folder()) / f"{digest(general, described, str(limit), *code, *data)}.json.z"
@@ -157,12 +163,12 @@ def _read(task: Any, path: Path, limit: int | None) -> bool:
     """Gives the task the requests of a file; False where there is none that is whole."""
     try:
         kept = json.loads(zlib.decompress(path.read_bytes()))
+        task._instances = list(_instances(kept, task, _documents(task, limit)))
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, zlib.error) as error:
-        logger.info("built requests in %s are not readable (%s) and are built anew", path.name, error)
+    except (OSError, ValueError, TypeError, LookupError, zlib.error) as error:
+        logger.warning("built requests in %s are not readable (%s) and are built anew", path.name, error)
         return False
-    task._instances = list(_instances(kept, task, _documents(task, limit)))
     with contextlib.suppress(OSError):
         os.utime(path)
     return True

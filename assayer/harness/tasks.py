@@ -57,7 +57,9 @@ def load_tasks(settings: Settings, tokenizer: str | None) -> dict[str, Any]:
         EvaluatorError: a name is not known, or a data set cannot be loaded.
     """
     loaded = _load(_manager(settings, tokenizer), list(settings.tasks))
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise EvaluatorError(f"task {printable(name)} runs code that the model has written, which this evaluator does not do; leave it out")
         _set_up(task, settings)
     return loaded
 
