@@ -20,7 +20,7 @@ from assayer.harness.ranks import Ranks, ranks
 from assayer.harness.requests import build
 from assayer.harness.results import facts_of, metrics_of, write_samples
 from assayer.harness.settings import DEFAULT_TASKS, Settings, settings_of
-from assayer.harness.tasks import check_tasks, default_index, load_tasks
+from assayer.harness.tasks import check_tasks, compiled_once, default_index, load_tasks
 
 if TYPE_CHECKING:
     from assayer.progress import Progress
@@ -81,8 +81,10 @@ def evaluate(
         EvaluatorError: an argument, a task's data, the tokenizer or the weights are not what they must be.
     """
     given = {name: value for name, value in locals().items() if name not in _NOT_ARGUMENTS}
-    with ranks() as group, _quiet():
-        return _evaluate(path, settings_of(given), group, original_path, samples_path, progress, details if details is not None else {})
+    settings = settings_of(given)
+    _import()
+    with ranks() as group, _quiet(), compiled_once():
+        return _evaluate(path, settings, group, original_path, samples_path, progress, details if details is not None else {})
 
 
 # What transformers imports on demand, and every evaluation with it asks for: 2 s of CPU.
@@ -150,7 +152,6 @@ def _evaluate(
     progress: "Progress | None",
     details: dict[str, Any],
 ) -> dict[str, float]:
-    _import()
     place = language_model.tokenizer_place(path, original_path, _given_tokenizer(settings))
     model = load_model(settings, path, place)
     details |= {"model": settings.model, **describe(model)}

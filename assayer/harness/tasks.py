@@ -1,5 +1,6 @@
 """lm-eval's tasks by name: the index of all that come with it, those of a folder, and how they are set up."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,10 +12,12 @@ from assayer.errors import EvaluatorError
 from assayer.files import printable
 from assayer.harness.settings import Settings, nearest
 
-__all__ = ["check_tasks", "default_index", "load_tasks"]
+__all__ = ["check_tasks", "compiled_once", "default_index", "load_tasks"]
 
 # What ``datasets`` reads by itself: the data are files.
 _FILE_READERS = ("json", "csv", "text", "parquet", "arrow")
+# Templates of tasks that are kept compiled.
+_TEMPLATES = 1024
 # The seed that lm-eval's own command draws examples with.
 _FEWSHOT_SEED = 1234
 
@@ -25,6 +28,18 @@ def default_index() -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     return dict(TaskManager().task_index)
+
+
+@contextlib.contextmanager
+def compiled_once() -> Iterator[None]:
+    """While it lasts, a template of a task is compiled once: lm-eval does it for every document, a quarter of a small evaluation."""
+    from lm_eval.utils import env
+
+    env.from_string = functools.lru_cache(_TEMPLATES)(env.from_string)
+    try:
+        yield
+    finally:
+        del env.from_string
 
 
 def check_tasks(settings: Settings) -> None:
@@ -59,7 +74,9 @@ def load_tasks(settings: Settings, tokenizer: str | None) -> dict[str, Any]:
     loaded = _load(_manager(settings, tokenizer), list(settings.tasks))
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise EvaluatorError(f"task {printable(name)} runs code that the model has written, which this evaluator does not do; leave it out")
+            raise EvaluatorError(
+                f"task {printable(name)} runs code that the model has written, which this evaluator does not do; leave it out"
+            )
         _set_up(task, settings)
     return loaded
 

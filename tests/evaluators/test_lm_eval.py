@@ -161,14 +161,6 @@ def test_metrics_are_named_by_task_and_by_filter_only_where_there_are_several(se
     assert facts["parameters"] > 10_000
 
 
-def test_other_weights_have_another_fingerprint(server: Server, tmp_path: Path) -> None:
-    other = server.save_model(tmp_path / "other", seed=1)
-
-    found = server.run(path=other, arguments=server.arguments(tasks="colours"))
-
-    assert found["details"]["fingerprint"] != server.undisturbed()["details"]["fingerprint"]
-
-
 def test_samples_are_lines_with_their_tasks(server: Server, tmp_path: Path) -> None:
     samples = tmp_path / "checkpoint-10.samples.jsonl"
 
@@ -180,12 +172,6 @@ def test_samples_are_lines_with_their_tasks(server: Server, tmp_path: Path) -> N
     assert found["details"]["samples"] == samples.name
     assert found["metrics"] == server.undisturbed()["metrics"]
     assert [p.name for p in tmp_path.iterdir()] == [samples.name]
-
-
-def test_without_the_flag_no_samples_are_written(server: Server, tmp_path: Path) -> None:
-    server.run(arguments=server.arguments(tasks="animals"), more={"samples_path": str(tmp_path / "s.jsonl")})
-
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- killed, and gone on with ---
@@ -318,52 +304,45 @@ def test_under_torchrun_the_numbers_are_those_of_one_process(server: Server, tmp
 
 def test_requests_are_built_once_and_shared_by_other_weights(server: Server, tmp_path: Path) -> None:
     other = server.save_model(tmp_path / "other", seed=1)
-    tasks = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    place = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    samples = tmp_path / "samples.jsonl"
 
-    first = server.run(environment=tasks)
-    second = server.run(environment=tasks)
-    third = server.run(path=other, environment=tasks)
+    first = server.run(environment=place, more={"samples_path": str(samples)})
+    second = server.run(environment=place)
+    third = server.run(path=other, environment=place)
 
     assert first["built"] == ["colours", "animals", "prose", "answers"]
     assert second["built"] == third["built"] == []
     assert first["metrics"] == second["metrics"] == server.undisturbed()["metrics"]
     assert third["metrics"] != first["metrics"]
+    assert first["details"]["fingerprint"] == second["details"]["fingerprint"] != third["details"]["fingerprint"]
+    assert not samples.exists(), "nobody asked for samples"
     folder = tmp_path / "cache" / "assayer" / "lm_eval"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert len(list(folder.iterdir())) == 4
 
 
-def change_data(tasks: Path) -> None:
-    write_lines(tasks / "colours.jsonl", questions(24, seed=77))
-
-
-def change_yaml(tasks: Path) -> None:
-    path = tasks / "colours.yaml"
-    path.write_text(path.read_text().replace('"{{question}}"', '"Q: {{question}}"'))
-
-
-def change_code(tasks: Path) -> None:
-    (tasks / "helper.py").write_text((tasks / "helper.py").read_text().replace("Please", "Now"))
-
-
-@pytest.mark.parametrize("change", [change_data, change_yaml, change_code])
-def test_requests_are_built_anew_when_what_they_are_made_of_changes(server: Server, tmp_path: Path, change: Any) -> None:
+def test_requests_are_built_anew_when_what_they_are_made_of_changes(server: Server, tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "tasks")
-    (tasks / "helper.py").write_text("def text(doc):\n    return 'Please: ' + doc['question']\n")
+    helper, description = tasks / "helper.py", tasks / "colours.yaml"
+    helper.write_text("def text(doc):\n    return 'Please: ' + doc['question']\n")
+    description.write_text(description.read_text().replace('"{{question}}"', "!function helper.text"))
     arguments = server.arguments(include_path=str(tasks), tasks="colours")
-    if change is change_code:
-        path = tasks / "colours.yaml"
-        path.write_text(path.read_text().replace('"{{question}}"', "!function helper.text"))
-    before = server.run(arguments=arguments)
+    assert server.run(arguments=arguments)["built"] == ["colours"]
 
-    change(tasks)
+    changes = [
+        lambda: write_lines(tasks / "colours.jsonl", questions(24, seed=77)),
+        lambda: helper.write_text(helper.read_text().replace("Please", "Now")),
+        lambda: description.write_text(description.read_text().replace("!function helper.text", '"{{question}} so"')),
+    ]
+    for change in changes:
+        change()
+        found = server.run(arguments=arguments)
+        assert found["built"] == ["colours"]
+        reference = server.run("reference", arguments=arguments)["results"]["colours"]
+        assert found["metrics"]["colours/acc_norm"] == reference["acc_norm,none"]
 
-    after = server.run(arguments=arguments)
-    assert after["built"] == ["colours"]
-    reference = server.run("reference", arguments=arguments)["results"]["colours"]
-    assert after["metrics"]["colours/acc"] == reference["acc,none"]
     assert server.run(arguments=arguments)["built"] == []
-    assert before["built"] == ["colours"]
 
 
 def test_a_torn_file_of_requests_is_built_anew(server: Server, tmp_path: Path) -> None:
@@ -383,12 +362,26 @@ def test_a_torn_file_of_requests_is_built_anew(server: Server, tmp_path: Path) -
 
 def test_two_evaluations_at_once_may_write_the_same_requests(server: Server, tmp_path: Path) -> None:
     place = {"XDG_CACHE_HOME": str(tmp_path)}
-    orders = [server.order(environment=place) for _ in range(3)]
+    orders = [server.order(environment=place) for _ in range(2)]
 
     found = server.run_all(orders)
 
-    assert all(isinstance(each, dict) and each["metrics"] == server.undisturbed()["metrics"] for each in found)
+    expected = server.undisturbed()["metrics"]
+    assert all(isinstance(each, dict) and each["metrics"] == expected for each in found)
     assert len(list((tmp_path / "assayer" / "lm_eval").iterdir())) == 4
+
+
+# --- other models ---
+
+
+def test_a_model_that_is_no_torch_module_is_asked_the_same_and_has_no_fingerprint(server: Server, tmp_path: Path) -> None:
+    arguments = server.arguments(model="counting", model_args="tensor_parallel_size=2")
+
+    found = server.run(arguments=arguments, more={"samples_path": str(tmp_path / "s")}, progress=str(tmp_path / "progress"))
+
+    assert "fingerprint" not in found["details"]
+    assert found["details"]["model"] == "counting"
+    assert found["metrics"]["colours/acc"] == server.run("reference", arguments=arguments)["results"]["colours"]["acc,none"]
 
 
 # --- what is refused ---
@@ -418,6 +411,20 @@ def test_a_model_with_a_tensor_too_many_is_refused(server: Server) -> None:
 
 def test_a_path_that_does_not_exist_is_no_name_on_a_hub(server: Server) -> None:
     assert "nobody/model" in server.run(path="nobody/model")["error"]
+
+
+def test_code_beside_the_config_runs_only_when_that_is_asked_for(server: Server) -> None:
+    folder = server.copy_of_model("code")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Strange"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    ran = folder / "ran"
+    (folder / "strange.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise ValueError('it ran')\n")
+
+    assert "error" in server.run(path=str(folder))
+    assert not ran.exists()
+    assert "it ran" in server.run(path=str(folder), arguments=server.arguments(trust_remote_code=True))["error"]
+    assert ran.exists()
 
 
 def without(folder: Path, *names: str) -> Path:
