@@ -19,8 +19,6 @@ from assayer.evaluators import lm_eval
 from assayer.harness import answers, requests
 from assayer.progress import Binding, Progress
 
-BINDING = {"identity": "i", "weights": "regular", "evaluator": "lm_eval", "source": None, "arguments": {}}
-
 
 def count_calls(kill_at: int | None) -> list[int]:
     """Counts the batches that go to the model; at number ``kill_at`` this process is killed."""
@@ -40,6 +38,19 @@ def count_calls(kill_at: int | None) -> list[int]:
     HFLM._model_call = counting(HFLM._model_call)
     HFLM._model_generate = counting(HFLM._model_generate)
     return counted
+
+
+def note_what_is_built() -> list[str]:
+    """The names of the tasks whose requests are built from now on."""
+    built: list[str] = []
+    own = requests._build
+
+    def build(task: Any, limit: int | None, settings: Any, lm: Any) -> None:
+        built.append(task.task_name)
+        own(task, limit, settings, lm)
+
+    requests._build = build
+    return built
 
 
 def register_counting() -> None:
@@ -74,12 +85,10 @@ def evaluate(order: dict[str, Any]) -> dict[str, Any]:
     progress = None
     if "progress" in order:
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        binding = Binding(**BINDING, world_size=world_size)
+        binding = Binding("identity", "regular", "lm_eval", None, {}, world_size)
         report = lambda done, total: reports.append((done, total))  # noqa: E731
         progress = Progress(Path(order["progress"]), binding, rank, world_size, order.get("point"), report)
-    built: list[str] = []
-    own = requests._build
-    requests._build = lambda task, *rest: (built.append(task.task_name), own(task, *rest))[1]
+    built = note_what_is_built()
     metrics = lm_eval.evaluate(order["path"], **order["arguments"], progress=progress, details=details, **order.get("more", {}))
     return {"metrics": metrics, "details": details, "calls": calls[0], "reports": reports, "built": built}
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +330,7 @@ def test_requests_are_built_anew_when_what_they_are_made_of_changes(server: Serv
     arguments = server.arguments(include_path=str(tasks), tasks="colours")
     assert server.run(arguments=arguments)["built"] == ["colours"]
 
-    changes = [
+    changes: list[Callable[[], object]] = [
         lambda: write_lines(tasks / "colours.jsonl", questions(24, seed=77)),
         lambda: helper.write_text(helper.read_text().replace("Please", "Now")),
         lambda: description.write_text(description.read_text().replace("!function helper.text", '"{{question}} so"')),
