@@ -6,6 +6,7 @@ Answers are saved as they come, so that a killed evaluation goes on where it was
 
 import contextlib
 import logging
+import os
 import random
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -101,8 +102,13 @@ def check(arguments: Mapping[str, Any]) -> None:
     settings = settings_of(arguments)
     _import()
     check_model(settings)
-    if settings.model == "hf":
+    if settings.model in ("hf", "hf-auto", "huggingface"):
         language_model.check_dtype(settings.dtype)
+    given = _given_tokenizer(settings)
+    if given is not None:
+        language_model.tokenizer_place("", None, given)
+    if settings.config is not None and not os.path.exists(settings.config):
+        raise EvaluatorError(f"config {printable(settings.config)} is not there; give a Hugging Face config, or a directory that holds one")
     check_tasks(settings)
 
 

@@ -479,6 +479,11 @@ def test_a_name_that_lm_eval_does_not_know_is_told_with_the_nearest(server: Serv
     assert server.run("check") == {}
 
 
+def test_a_tokenizer_a_config_or_a_dtype_that_is_not_there_is_told_when_the_command_is_given(server: Server) -> None:
+    for name, value in {"tokenizer": "/nowhere/at/all", "config": "/nowhere/at/all", "dtype": "float15"}.items():
+        assert value in server.run("check", arguments=server.arguments(**{name: value}))["error"]
+
+
 def test_a_service_is_no_model_of_a_checkpoint(server: Server) -> None:
     for model in ("local-completions", "dummy"):
         assert "does not load a checkpoint" in server.run("check", arguments=server.arguments(model=model))["error"]
