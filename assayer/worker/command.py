@@ -12,7 +12,7 @@ from assayer.errors import UsageError
 from assayer.files import locked, printable
 from assayer.plan import state_directory
 from assayer.queues.connect import open_target, target
-from assayer.worker.environ import gpu_uuids, parse_gpus
+from assayer.worker.environ import gpu_uuids, parse_gpus, visible_gpus
 from assayer.worker.launch import Crew, Slot, eval_slots, gpu_slots
 from assayer.worker.supervise import Supervisor, retire_redis
 
@@ -89,10 +89,9 @@ def _slots(count: int | None, gpus: str | None, each: int, queue: str, redis: st
         UsageError: the flags contradict each other, or there are too few GPUs.
     """
     if gpus is None:
-        slots = eval_slots(queue, count, redis, os.environ, each)
-        if not slots and count != 0:
-            raise UsageError(f"fewer than {each} GPUs are visible here; give a smaller --gpus_per_eval, or name GPUs with --gpus")
-        return slots
+        if 1 < each > len(visible_gpus(os.environ)):
+            raise UsageError(f"fewer than {each} GPUs are visible here (--gpus_per_eval): name them with --gpus, such as --gpus 0,1,2,3")
+        return eval_slots(queue, count, redis, os.environ, each)
     names = parse_gpus(gpus)
     if len(names) % each or not names:
         raise UsageError(f"--gpus {gpus} names {len(names)} GPUs, which cannot be shared out {each} to each evaluation (--gpus_per_eval)")

@@ -24,7 +24,7 @@ from assayer.progress import remove as remove_progress
 from assayer.queues import Connection
 from assayer.queues.enqueue import LOST_MAX, Task, is_wanted, note_of, note_served
 from assayer.record import Place, Record, hold_folder, installed_versions, now_utc
-from assayer.worker import child, hold
+from assayer.worker import child, hold, ranks
 from assayer.worker.call import Call, Outcome, clean_environment, make
 from assayer.worker.merging import REFUSED, UNREADABLE, NotMerged, merge_for, scratch_of
 from assayer.worker.scratch import Scratch
@@ -313,8 +313,6 @@ def _in_child(task: Task, call: Call, point: int | None) -> dict[str, Any]:
     """What the evaluator returns, called in the child's own process, or in as many processes below it as are asked for."""
     clean_environment()
     if task.launcher is not None:
-        from assayer.worker import ranks
-
         return ranks.launch(call, task.launcher, _world_size(task)).to_json()
     return make(call, point=point).to_json()
 
