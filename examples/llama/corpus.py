@@ -63,8 +63,8 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> "np.ndarray[Any, np.dtype[np.uint16]]":
     """All texts as one row of tokens, each with the end token behind it."""
-    end: int = tokenizer.convert_tokens_to_ids(END)
-    encoded = tokenizer.backend_tokenizer.encode_batch(texts)
+    backend = tokenizer.backend_tokenizer
+    end, encoded = backend.token_to_id(END), backend.encode_batch(texts)
     return np.concatenate([np.array([*row.ids, end], dtype=np.uint16) for row in encoded])
 
 

@@ -61,7 +61,8 @@ def llama_config(size: Size, vocabulary: int) -> LlamaConfig:
 
 def sharded(config: LlamaConfig, device: str) -> LlamaForCausalLM:
     """The model with random weights, cut over all processes; on GPUs it computes in bfloat16, and its weights are float32."""
-    model = LlamaForCausalLM(config).to(device)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device == "cuda" else MixedPrecisionPolicy()
     for layer in model.model.layers:
