@@ -96,7 +96,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def prepare(out: Path, vocabulary: int = 1024, questions: int = 200) -> None:
+def prepare(out: Path, vocabulary: int = 1024, questions: int = 400) -> None:
     """Writes all of it into ``out``, the tasks last; does nothing where they are."""
     if (out / "tasks").exists():
         return
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the run's directory")
     parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--questions", type=int, default=200, help="how many the multiple choice task has")
+    parser.add_argument("--questions", type=int, default=400, help="how many the multiple choice task has")
     options = parser.parse_args()
     prepare(options.out, options.vocabulary, options.questions)
 
