@@ -55,8 +55,8 @@ def submit(
     Args:
         checkpoint_path: the checkpoint, at a path that the compute nodes see.
         output_dir: takes the job's output and what it is known by; the compute nodes must see it too.
-        command: a shell command. ``{checkpoint}``, ``{original}``, ``{step}`` and ``{result}`` in it are filled in; into the file
-            ``{result}`` it writes a JSON object of metrics, or a record (``assayer.evaluate --output``).
+        command: a shell command. ``{checkpoint}``, ``{original}``, ``{run}`` (the directory of that), ``{step}`` and ``{result}`` in it
+            are filled in; into the file ``{result}`` it writes a JSON object of metrics, or a record (``assayer.evaluate --output``).
         sbatch: more words for sbatch, such as ``--partition=gpu --gres=gpu:1 --time=1:00:00``.
         original_path: the checkpoint's own path.
         step: the checkpoint's step.
@@ -69,7 +69,8 @@ def submit(
     job = Job(Path(output_dir).resolve(), poll, patience)
     with cancelled_when_given_up(job):
         job.claim(files(checkpoint_path), command)
-        words = {"checkpoint": checkpoint_path, "original": original_path, "step": str(step), "result": str(job.result)}
+        words = {"checkpoint": checkpoint_path, "original": original_path, "run": os.path.dirname(original_path)}
+        words |= {"step": str(step), "result": str(job.result)}
         for name, value in words.items():
             command = command.replace("{" + name + "}", shlex.quote(value))
         while True:
