@@ -102,9 +102,11 @@ def test_a_llama_s_run_goes_on_with_the_tokenizer_that_it_has(corpus: Any, prepa
 def test_a_llama_is_trained_on_what_lies_there_and_its_checkpoints_are_evaluated_by_lm_eval_and_loss(house: House) -> None:
     house.environment |= {"XDG_CACHE_HOME": str(house.root / "cache"), "HF_HOME": str(house.root / "hf"), "HF_HUB_OFFLINE": "1"}
     out = house.root / "out"
+    corpus = [sys.executable, str(LLAMA / "corpus.py"), str(out), "--questions", "60"]
     train = [*TORCHRUN, str(LLAMA / "train.py"), str(out), "--steps", "40", "--save_every", "10", "--keep", "2"]
-    done = subprocess.run(train, env=house.environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    for command in (corpus, train):
+        done = subprocess.run(command, env=house.environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
     # The older ones were rotated out.
     assert {path.name for path in out.glob("step_*")} == {"step_30", "step_40"}
     words = ["--directory", out, "--once", "--polling_interval", 1, "--num_eval_workers", 1]
