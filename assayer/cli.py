@@ -18,7 +18,7 @@ from assayer.errors import AssayerError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["URL_VARIABLE", "command", "console", "ended_once", "hide_passwords", "redis_options", "run", "without_secrets"]
+__all__ = ["URL_VARIABLE", "command", "console", "ended_once", "hide_passwords", "redis_options", "run", "undisturbed", "without_secrets"]
 
 
 def _underscored(token: str) -> str:
@@ -187,6 +187,16 @@ def ended_once() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """What would end the block comes when it is over."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def console() -> "Console":

@@ -198,20 +198,34 @@ def _options(flags: dict[str, Any], evaluator: Evaluator) -> Options:
 
 
 def _evaluate(wanted: _Wanted) -> Record:
-    """The record of the evaluation.
+    """The record of the evaluation; of what it needed on this disk nothing is left, but its unfinished state where it ended badly.
 
     Raises:
         AssayerError: it ended badly.
     """
+    behind = contextlib.ExitStack()
+    try:
+        try:
+            return _carry_out(wanted, behind)
+        finally:
+            with cli.undisturbed():
+                behind.close()
+    finally:
+        # The one signal that is heeded may have come just before that.
+        behind.close()
+
+
+def _carry_out(wanted: _Wanted, behind: contextlib.ExitStack) -> Record:
     stations, started = _Stations(), now_utc()
-    with _state(wanted.key) as state, _readable(wanted, stations) as path:
-        call = _call(wanted, path, state)
-        with stations.timed("evaluate"):
-            ending = child.run(lambda: _in_child(call, wanted.launcher, wanted.processes), None)
-        if ending.cause is not None:
-            raise AssayerError(f"{wanted.evaluator.name} on {printable(wanted.checkpoint.name)}: {ending.message}")
-        _refuse_changed(wanted.seen)
-        progress.remove(state)
+    state = _state(wanted.key, behind)
+    path = _readable(wanted, stations, behind)
+    call = _call(wanted, path, state)
+    with stations.timed("evaluate"):
+        ending = child.run(lambda: _in_child(call, wanted.launcher, wanted.processes), None)
+    if ending.cause is not None:
+        raise AssayerError(f"{wanted.evaluator.name} on {printable(wanted.checkpoint.name)}: {ending.message}")
+    _refuse_changed(wanted.seen)
+    progress.remove(state)
     return _record(wanted, Outcome(**ending.value), stations, started)
 
 
@@ -254,31 +268,28 @@ def _become_quiet() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def _readable(wanted: _Wanted, stations: _Stations) -> Iterator[str]:
+def _readable(wanted: _Wanted, stations: _Stations, behind: contextlib.ExitStack) -> str:
     """The path that the evaluator gets: the checkpoint's, or that of its merge, which is removed behind it."""
     _check_files(wanted)
     if not wanted.merges:
-        yield wanted.checkpoint.path
-        return
+        return wanted.checkpoint.path
     scratch = Scratch(wanted.scratch_dir, None, lambda key: not key.startswith(_OWN))
     key = _OWN + wanted.key
-    with contextlib.ExitStack() as behind:
-        behind.callback(scratch.release, key)
-        # A process that is left would read on.
-        behind.callback(child.end_descendants)
-        # What a killed command has left may have been merged with another config since.
-        scratch.release(key)
-        try:
-            with stations.timed("merge"):
-                lent = scratch.lend(key, wanted.checkpoint.name, lambda path: _merged(wanted, scratch, key, path))
-                path, facts, _ = behind.enter_context(lent)
-        except OSError as error:
-            raise StateError(f"cannot use the scratch directory {printable(str(scratch.root))}: {error.strerror}") from None
-        stations.merged = {name: value for name, value in facts.items() if name != "boot"}
-        for note in facts["notes"]:
-            _say(f"note: {note}")
-        yield str(path)
+    behind.callback(scratch.release, key)
+    # A process that is left would read on.
+    behind.callback(child.end_descendants)
+    # What a killed command has left may have been merged with another config since.
+    scratch.release(key)
+    try:
+        with stations.timed("merge"):
+            lent = scratch.lend(key, wanted.checkpoint.name, lambda path: _merged(wanted, scratch, key, path))
+            path, facts, _ = behind.enter_context(lent)
+    except OSError as error:
+        raise StateError(f"cannot use the scratch directory {printable(str(scratch.root))}: {error.strerror}") from None
+    stations.merged = {name: value for name, value in facts.items() if name != "boot"}
+    for note in facts["notes"]:
+        _say(f"note: {note}")
+    return str(path)
 
 
 def _check_files(wanted: _Wanted) -> None:
@@ -339,9 +350,8 @@ def _call(wanted: _Wanted, path: str, state: Path) -> Call:
     )
 
 
-@contextlib.contextmanager
-def _state(key: str) -> Iterator[Path]:
-    """The folder of the unfinished state of this command, for it alone, and beside it what its evaluator may write for itself.
+def _state(key: str, behind: contextlib.ExitStack) -> Path:
+    """The folder of the unfinished state of this command, for it alone; beside it lies what its evaluator may write for itself.
 
     Raises:
         StateError: the same command runs already.
@@ -357,14 +367,17 @@ def _state(key: str) -> Iterator[Path]:
         if is_open_as(descriptor, lock):
             break
         os.close(descriptor)
-    try:
-        yield folder / key
-    finally:
-        child.end_descendants()
-        if not progress.has_progress(folder / key):
-            shutil.rmtree(folder / f"{key}.files", ignore_errors=True)
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
+    behind.callback(os.close, descriptor)
+    behind.callback(lock.unlink, missing_ok=True)
+    behind.callback(_remove_own_files, folder, key)
+    behind.callback(child.end_descendants)
+    return folder / key
+
+
+def _remove_own_files(folder: Path, key: str) -> None:
+    """Removes what the evaluator wrote for itself, unless its unfinished state may tell of that."""
+    if not progress.has_progress(folder / key):
+        shutil.rmtree(folder / f"{key}.files", ignore_errors=True)
 
 
 def _forget_old(folder: Path) -> None:
