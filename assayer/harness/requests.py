@@ -1,8 +1,7 @@
 """lm-eval's requests: built once for a task, its data and a tokenizer, and kept on disk for every other checkpoint.
 
 lm-eval's own cache of requests is keyed by the task's name, not by its data, builds all documents even under a limit, gives each rank
-other few-shot examples, and is a pickle. Here one JSON file a task lies in ``$XDG_CACHE_HOME/assayer/lm_eval`` (``~/.cache`` by default),
-of this user alone; its name is a digest of all that requests depend on. Files not used for 30 days, and the oldest beyond 2 GiB, go.
+other few-shot examples, and is a pickle. Here one JSON file a task lies in the cache's folder, under a digest of all that they depend on.
 """
 
 import contextlib
@@ -11,22 +10,18 @@ import json
 import logging
 import os
 import re
-import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from assayer.errors import EvaluatorError, StateError
-from assayer.files import digest, printable, private_directory, write_whole
+from assayer.errors import EvaluatorError
+from assayer.files import digest, printable
+from assayer.harness.cache import keep, kept, trim
 from assayer.harness.settings import Settings
 
-__all__ = ["KEPT_BYTES", "KEPT_DAYS", "build", "cache_folder", "tokenizer_digest"]
+__all__ = ["build", "tokenizer_digest"]
 
 logger = logging.getLogger(__name__)
-
-KEPT_DAYS = 30
-KEPT_BYTES = 2 << 30
 
 # Changes when the files' form does.
 _FORM = "1"
@@ -34,12 +29,6 @@ _TOKENIZER_FILES = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|chat_template.*|.*\.(model|tiktoken)"
 )
 _CODE = (".py", ".yaml", ".yml", ".jinja")
-
-
-def cache_folder() -> Path:
-    """Where built requests are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "assayer" / "lm_eval"
 
 
 def build(tasks: dict[str, Any], settings: Settings, lm: Any, tokenizer: str) -> None:
@@ -53,14 +42,14 @@ def build(tasks: dict[str, Any], settings: Settings, lm: Any, tokenizer: str) ->
     folders: dict[str, str] = {}
     for task in tasks.values():
         limit = get_sample_size(task, settings.limit)
-        path = _file_of(task, limit, general, settings, folders)
-        if path is None or not _read(task, path, limit):
+        name = _name_of(task, limit, general, settings, folders)
+        if name is None or not _read(task, name, limit):
             _build(task, limit, settings, lm)
-            if path is not None:
-                _write(task, path, limit)
+            if name is not None:
+                _write(task, name, limit)
         # It is done; evaluate would build them anew.
         task.build_all_requests = lambda **_: None
-    _trim(cache_folder())
+    trim()
 
 
 def _build(task: Any, limit: int | None, settings: Settings, lm: Any) -> None:
@@ -100,8 +89,8 @@ def tokenizer_digest(place: str) -> str:
     return digest(*(part for name in names for part in (name, Path(place, name).read_bytes())))
 
 
-def _file_of(task: Any, limit: int | None, general: str, settings: Settings, folders: dict[str, str]) -> Path | None:
-    """The file that this task's requests belong in; None, with a line in the log, where they cannot be kept."""
+def _name_of(task: Any, limit: int | None, general: str, settings: Settings, folders: dict[str, str]) -> str | None:
+    """The name under which this task's requests are kept; None, with a line in the log, where they cannot be."""
     config = task.dump_config()
     metadata = dict(config.pop("metadata", None) or {})
     source = str(metadata.pop("config_source", ""))
@@ -112,8 +101,8 @@ def _file_of(task: Any, limit: int | None, general: str, settings: Settings, fol
         data = [_data_digest(getattr(task, "task_docs", None) or task.eval_docs)]
         if config.get("num_fewshot"):
             data.append(_data_digest(task.fewshot_docs()))
-        return private_directory(cache_folder()) / f"{digest(general, described, str(limit), *code, *data)}.json.z"
-    except (TypeError, StateError) as error:
+        return f"{digest(general, described, str(limit), *code, *data)}.json.z"
+    except TypeError as error:
         logger.info("requests of %s are not kept: %s", printable(str(config.get("task"))), error)
         return None
 
@@ -159,30 +148,26 @@ def _documents(task: Any, limit: int | None) -> dict[int, Any]:
     return dict(task.doc_iterator(rank=0, limit=limit, world_size=1))
 
 
-def _read(task: Any, path: Path, limit: int | None) -> bool:
-    """Gives the task the requests of a file; False where there is none that is whole."""
+def _read(task: Any, name: str, limit: int | None) -> bool:
+    """Gives the task the requests that are kept under a name; False where there are none that fit."""
+    rows = kept(name)
     try:
-        kept = json.loads(zlib.decompress(path.read_bytes()))
-        task._instances = list(_instances(kept, task, _documents(task, limit)))
-    except FileNotFoundError:
+        task._instances = list(_instances(rows or [], task, _documents(task, limit)))
+    except (ValueError, TypeError, LookupError) as error:
+        logger.warning("built requests in %s do not fit (%s) and are built anew", name, error)
         return False
-    except (OSError, ValueError, TypeError, LookupError, zlib.error) as error:
-        logger.warning("built requests in %s are not readable (%s) and are built anew", path.name, error)
-        return False
-    with contextlib.suppress(OSError):
-        os.utime(path)
-    return True
+    return bool(task._instances)
 
 
-def _instances(kept: list[Any], task: Any, documents: dict[int, Any]) -> Iterator[Any]:
+def _instances(rows: list[Any], task: Any, documents: dict[int, Any]) -> Iterator[Any]:
     from lm_eval.api.instance import Instance
 
-    for kind, doc_id, idx, repeats, arguments in kept:
+    for kind, doc_id, idx, repeats, arguments in rows:
         metadata = (task.config["task"], doc_id, repeats)
         yield Instance(request_type=kind, doc=documents[doc_id], arguments=tuple(arguments), idx=idx, metadata=metadata)
 
 
-def _write(task: Any, path: Path, limit: int | None) -> None:
+def _write(task: Any, name: str, limit: int | None) -> None:
     """Keeps the task's requests, when they come back from JSON as they are."""
     try:
         rows = [[r.request_type, r.doc_id, r.idx, r.repeats, list(r.arguments)] for r in task.instances]
@@ -194,22 +179,4 @@ def _write(task: Any, path: Path, limit: int | None) -> None:
     if not same:
         logger.info("requests of %s are not kept: they hold more than text", printable(task.task_name))
         return
-    try:
-        write_whole(path, zlib.compress(text.encode(), 1), 0o600)
-    except OSError as error:
-        logger.warning("requests of %s cannot be kept in %s: %s", printable(task.task_name), path.parent, error.strerror)
-
-
-def _trim(folder: Path) -> None:
-    """Removes what was not used for long, and the oldest beyond the room that there is."""
-    found = []
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
-            with contextlib.suppress(OSError):
-                found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-    room = KEPT_BYTES
-    for used, size, path in sorted(found, reverse=True):
-        room -= size
-        if room < 0 or time.time() - used > KEPT_DAYS * 86400:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+    keep(name, text)

@@ -1,4 +1,4 @@
-"""lm-eval's tasks by name: the index of all that come with it, those of a folder, and how they are set up."""
+"""lm-eval's tasks by name: those that come with it, those of a folder, and how they are set up."""
 
 import contextlib
 import functools
@@ -10,9 +10,10 @@ from typing import Any
 
 from assayer.errors import EvaluatorError
 from assayer.files import printable
+from assayer.harness.index import default_index
 from assayer.harness.settings import Settings, nearest
 
-__all__ = ["check_tasks", "compiled_once", "default_index", "load_tasks"]
+__all__ = ["check_tasks", "compiled_once", "load_tasks"]
 
 # What ``datasets`` reads by itself: the data are files.
 _FILE_READERS = ("json", "csv", "text", "parquet", "arrow")
@@ -20,14 +21,6 @@ _FILE_READERS = ("json", "csv", "text", "parquet", "arrow")
 _TEMPLATES = 1024
 # The seed that lm-eval's own command draws examples with.
 _FEWSHOT_SEED = 1234
-
-
-@functools.cache
-def default_index() -> dict[str, Any]:
-    """Every task, group and tag that comes with lm-eval, by name: plain data, read once a process (about 6 s for 14,000 files)."""
-    from lm_eval.tasks import TaskManager
-
-    return dict(TaskManager().task_index)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import local_tasks
 from assayer.errors import EvaluatorError
 from assayer.evaluators import lm_eval
 from assayer.harness import answers, requests
+from assayer.harness.index import default_index
 from assayer.progress import Binding, Progress
 
 
@@ -125,11 +126,25 @@ def state(order: dict[str, Any]) -> dict[str, Any]:
     return {"threads": threading.active_count(), "native": threads, "cuda": torch.cuda.is_initialized()}
 
 
+def index(order: dict[str, Any]) -> dict[str, Any]:
+    """What the kept index lacks or has otherwise than lm-eval's own, which is not asked a second time."""
+    from lm_eval import tasks
+
+    own = tasks.TaskManager().task_index
+    default_index.cache_clear()
+    tasks.TaskManager = None
+    found = default_index()
+    other = [
+        n for n, e in own.items() if n not in found or (e.kind, e.yaml_path, e.tags) != (found[n].kind, found[n].yaml_path, found[n].tags)
+    ]
+    return {"count": len(found), "other": other, "more": sorted(set(found) - set(own))}
+
+
 def work(order: dict[str, Any]) -> None:
     os.environ.update(order.get("environment", {}))
     register_counting()
     try:
-        answer = {"evaluate": evaluate, "reference": reference, "check": check, "save": save}[order["do"]](order)
+        answer = {"evaluate": evaluate, "reference": reference, "check": check, "save": save, "index": index}[order["do"]](order)
     except EvaluatorError as error:
         answer = {"error": str(error)}
     except BaseException:

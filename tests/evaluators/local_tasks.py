@@ -166,6 +166,7 @@ def save_model(folder: Path, seed: int = 0, **config: Any) -> Path:
         [sentence(chance, 50) for _ in range(50)], vocab_size=320, special_tokens=["<s>", "</s>"], show_progress=False
     )
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     torch.manual_seed(seed)
     described = transformers.LlamaConfig(

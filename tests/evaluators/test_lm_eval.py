@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from local_tasks import MULTIPLE_CHOICE, questions, write_lines, write_tasks
 
 from assayer.errors import EvaluatorError
 from assayer.evaluators import lm_eval
+from assayer.harness import cache
 from assayer.harness.answers import chunks_of
 from assayer.harness.settings import settings_of
 
@@ -128,7 +130,11 @@ def same(metrics: dict[str, float], others: dict[str, float], relative: float = 
 # --- the numbers ---
 
 
-@pytest.mark.parametrize("more", [{}, {"num_fewshot": 2, "limit": 7}], ids=["as they are", "examples and a limit"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"num_fewshot": 2, "limit": 7}, {"apply_chat_template": True, "num_fewshot": 1, "limit": 0.5}],
+    ids=["as they are", "examples and a limit", "as a chat"],
+)
 def test_every_number_is_the_one_of_lm_evals_own_simple_evaluate(server: Server, more: dict[str, Any]) -> None:
     reference = server.run("reference", arguments=server.arguments(**more))["results"]
 
@@ -371,6 +377,31 @@ def test_two_evaluations_at_once_may_write_the_same_requests(server: Server, tmp
     assert len(list((tmp_path / "assayer" / "lm_eval").iterdir())) == 4
 
 
+def test_what_was_longest_unused_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for age, name in enumerate(("new", "used", "old", "oldest")):
+        cache.keep(name, json.dumps(list(range(1000))))
+        os.utime(cache.cache_folder() / name, (time.time() - age * 100, time.time() - age * 100))
+    size = (cache.cache_folder() / "new").stat().st_size
+    monkeypatch.setattr(cache, "KEPT_BYTES", 3 * size)
+
+    assert cache.kept("oldest") == list(range(1000)), "to be read is to be used"
+    cache.trim()
+
+    assert {path.name for path in cache.cache_folder().iterdir()} == {"new", "used", "oldest"}
+
+
+def test_what_was_not_used_for_a_month_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for days in (29, 31):
+        cache.keep(str(days), "[]")
+        os.utime(cache.cache_folder() / str(days), (0, time.time() - days * 86400))
+
+    cache.trim()
+
+    assert [path.name for path in cache.cache_folder().iterdir()] == ["29"]
+
+
 # --- other models ---
 
 
@@ -434,12 +465,13 @@ def without(folder: Path, *names: str) -> Path:
 
 
 def test_the_tokenizer_of_the_run_or_the_one_given_stands_in_for_a_missing_one(server: Server) -> None:
-    bare = without(server.copy_of_model("bare"), "tokenizer.json", "tokenizer_config.json")
+    files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    bare = without(server.copy_of_model("bare"), *files)
     arguments = server.arguments(tasks="colours")
 
     assert "tokenizer" in server.run(path=str(bare), arguments=arguments)["error"]
     given = server.run(path=str(bare), arguments={**arguments, "tokenizer": server.model})
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in files:
         shutil.copy(Path(server.model, name), bare.parent / name)
     found = server.run(path=str(bare), arguments=arguments, more={"original_path": str(bare)})
 
@@ -591,6 +623,16 @@ def test_what_is_imported_ahead_leaves_no_thread_of_python_and_no_cuda(server: S
     assert warm["threads"] == 1
     assert not warm["cuda"]
     assert server.run()["metrics"] == server.undisturbed()["metrics"]
+
+
+@pytest.mark.slow
+def test_the_kept_index_of_lm_evals_tasks_is_its_own(server: Server) -> None:
+    server.warm()
+
+    found = server.run("index")
+
+    assert found["count"] > 1000
+    assert found["other"] == found["more"] == []
 
 
 def test_an_edited_task_is_taken_up_by_the_next_child(server: Server, tmp_path: Path) -> None:
