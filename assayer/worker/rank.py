@@ -34,6 +34,8 @@ def main() -> None:
 
     def evaluate() -> dict[str, Any]:
         try:
+            if orders["launcher"] == "accelerate":
+                _settle_for_cpu()
             return make(call, rank, world_size, orders["point"]).to_json()
         except BaseException:
             # Before its peers can miss it.
@@ -44,6 +46,15 @@ def main() -> None:
     moment.note()
     write_json(word_of(Path(sys.argv[1]).parent, rank), {"moment": moment.seconds, "ending": asdict(ending)}, 0o600)
     sys.exit(0 if ending.cause is None else 1)
+
+
+def _settle_for_cpu() -> None:
+    """Where there is no device, each rank would take itself for alone: accelerate must be told that the CPU is meant."""
+    import torch
+
+    devices = torch.accelerator if hasattr(torch, "accelerator") else torch.cuda
+    if not devices.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 class _Moment:

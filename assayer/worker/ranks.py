@@ -69,7 +69,7 @@ def launch(call: Call, launcher: str, processes: int) -> Outcome:
     point = call.point(processes)
     with private_folder() as folder:
         orders = folder / "orders.json"
-        write_json(orders, {"call": call.to_json(), "point": point}, 0o600)
+        write_json(orders, {"call": call.to_json(), "point": point, "launcher": launcher}, 0o600)
         code = _wait_for(_command(launcher, processes, orders), _environment(processes))
         words = {rank: word for rank in range(processes) if (word := read_json(word_of(folder, rank))) is not None}
     return _outcome(words, launcher, processes, code)
@@ -87,8 +87,8 @@ def _command(launcher: str, processes: int, orders: Path) -> list[str]:
         return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *log, "-m", _RANK, str(orders)]
     # Without a file of ours it would read the user's own, with any number of machines, a precision and DeepSpeed in it.
     config = orders.with_name("accelerate.json")
-    several = "MULTI_GPU" if processes > 1 else "NO"
-    facts = {"distributed_type": several, "num_processes": processes, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
+    # By this name it starts ranks through torchrun, also on other devices and on none; else it would start one process, which is no rank.
+    facts = {"distributed_type": "MULTI_GPU", "num_processes": processes, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}
     facts |= {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "use_cpu": False, "debug": False}
     write_json(config, facts, 0o600)
     words = ["--config_file", str(config), "--dynamo_backend", "no", *log, "--module", _RANK, str(orders)]

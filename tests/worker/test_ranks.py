@@ -32,10 +32,15 @@ def meeting(path):
     print(f"rank {dist.get_rank()} of {path}")
     return {"sum": value.item(), "ranks": dist.get_world_size()} if dist.get_rank() == 0 else {"sum": -1, "sum": "of nobody"}
 
-def environment(path):
+def accelerated(path):
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    gathered = accelerator.gather(torch.tensor([accelerator.process_index + 1.0], device=accelerator.device))
     known = {name: os.environ.get(name) for name in ("MASTER_PORT", "NODE_RANK", "PET_STANDALONE", "ACCELERATE_USE_DEEPSPEED")}
     Path(path, f"environment-{RANK}").write_text(json.dumps(known))
-    return {"ranks": WORLD_SIZE, "precision": os.environ.get("ACCELERATE_MIXED_PRECISION") == "no"}
+    return {"sum": gathered.sum().item(), "ranks": accelerator.num_processes, "full": accelerator.mixed_precision == "no"}
 
 def wait_for(path, *names):
     while not all(Path(path, name).exists() for name in names):
@@ -102,12 +107,18 @@ class Launch:
     """One launch, with the process that waits for it: the caller reaps everything below itself, which is not for a test's own process."""
 
     def __init__(
-        self, folder: Path, function: str, launcher: str = "torchrun", environment: dict[str, str] | None = None, **arguments: Any
-    ):
+        self,
+        folder: Path,
+        function: str,
+        launcher: str = "torchrun",
+        environment: dict[str, str] | None = None,
+        processes: int = 2,
+        **arguments: Any,
+    ) -> None:
         self.folder = folder
         (folder / "evaluators.py").write_text(EVALUATORS)
         (folder / "tmp").mkdir(exist_ok=True)
-        question = json.dumps([str(folder), function, arguments, launcher, 2])
+        question = json.dumps([str(folder), function, arguments, launcher, processes])
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, question],
             stdout=subprocess.PIPE,
@@ -161,6 +172,13 @@ def test_two_launches_at_once_do_not_meet_each_other(tmp_path: Path, launcher: s
         assert done.end().value["metrics"] == {"sum": 11.0, "ranks": 2}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_one_process_is_a_rank_too(tmp_path: Path, launcher: str) -> None:
+    done = Launch(tmp_path, "meeting", launcher, processes=1).end()
+    assert done.value["metrics"] == {"sum": 1.0, "ranks": 1}, done.output
+
+
 def test_accelerate_starts_as_many_as_asked_for_and_not_what_the_users_own_file_says(tmp_path: Path) -> None:
     (tmp_path / "hf" / "accelerate").mkdir(parents=True)
     own = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "num_machines": 3, "num_processes": 24}
@@ -168,9 +186,9 @@ def test_accelerate_starts_as_many_as_asked_for_and_not_what_the_users_own_file_
     for name in ("default_config.yaml", "default_config.json"):
         (tmp_path / "hf" / "accelerate" / name).write_text(json.dumps(own))
     environment = {"HF_HOME": str(tmp_path / "hf"), "ACCELERATE_USE_DEEPSPEED": "true", "NODE_RANK": "2", "MASTER_PORT": "1"}
-    done = Launch(tmp_path, "environment", "accelerate", environment).end()
+    done = Launch(tmp_path, "accelerated", "accelerate", environment).end()
     assert done.cause is None, done.output
-    assert done.value["metrics"] == {"ranks": 2, "precision": 1}
+    assert done.value["metrics"] == {"sum": 3.0, "ranks": 2, "full": 1}
     seen = [json.loads((tmp_path / f"environment-{rank}").read_text()) for rank in (0, 1)]
     assert seen[0] == seen[1]
     assert seen[0].pop("MASTER_PORT") != "1"
