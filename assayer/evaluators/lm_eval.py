@@ -37,7 +37,7 @@ def evaluate(
     *,
     tasks: str | list[str] = DEFAULT_TASKS,
     num_fewshot: int | None = None,
-    batch_size: int | str = 8,
+    batch_size: int | str | None = None,
     limit: float | None = None,
     include_path: str | None = None,
     apply_chat_template: bool = False,
@@ -61,7 +61,7 @@ def evaluate(
         path: the directory; its weights must be those of its config.
         tasks: names with commas between, or a list of them.
         num_fewshot: examples before each question; None is the task's own number.
-        batch_size: a number, ``auto`` or ``auto:N``.
+        batch_size: a number, ``auto`` or ``auto:N``; None is 8, and ``auto`` for vllm and sglang.
         limit: documents a task, or a share of them below 1; None is all.
         include_path: a folder of more tasks (YAML).
         apply_chat_template: whether questions are put as the tokenizer's chat template says.

@@ -13,6 +13,7 @@ from assayer.harness.settings import Settings, nearest
 
 __all__ = ["check_model", "describe", "load_model", "single_process"]
 
+_BATCH_SIZE = 8
 # What a launcher tells each process of its group; lm-eval and accelerate would form a group of their own from it.
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
@@ -42,8 +43,8 @@ def load_model(settings: Settings, path: str, tokenizer: str) -> Any:
         raise EvaluatorError(
             f"model {settings.model} shares out its work by itself (model_args, such as tensor_parallel_size); give it one process"
         )
-    else:
-        words.setdefault("tokenizer", tokenizer)
+    elif "tokenizer" in _takes(model_class):
+        words["tokenizer"] = tokenizer
     strict = language_model.strict_loading() if _is_transformers(model_class) else contextlib.nullcontext()
     with language_model.with_config(path, settings.config) as folder, single_process(), strict:
         try:
@@ -85,8 +86,7 @@ def _places(settings: Settings, tokenizer: str) -> dict[str, Any]:
     trusted = bool(settings.model_args.get("trust_remote_code", settings.trust_remote_code))
     # A name is looked up in the local cache alone; lm-eval would ask the hub.
     found = tokenizer if os.path.isdir(tokenizer) else language_model.load_tokenizer(tokenizer, trusted)
-    words = {"tokenizer": found, "device": str(language_model.place_of(device))}
-    return {name: value for name, value in words.items() if name == "device" or name not in settings.model_args}
+    return {"tokenizer": found, "device": str(language_model.place_of(device))}
 
 
 def _class(name: str) -> Any:
@@ -103,22 +103,31 @@ def _class(name: str) -> Any:
 
 def _words(model_class: Any, settings: Settings) -> dict[str, Any]:
     """The keywords for the model, of those that were given and those that it takes."""
-    takes = {
-        p.name for base in model_class.__mro__ if "__init__" in vars(base) for p in inspect.signature(base.__init__).parameters.values()
-    }
+    takes = _takes(model_class)
     services = ("lm_eval.models.api_models", "lm_eval.models.openai_completions", "lm_eval.models.litellm_llms")
     if "pretrained" not in takes or any(base.__module__ in services for base in model_class.__mro__):
         raise EvaluatorError(f"model {settings.model} does not load a checkpoint's weights; give one that does, such as hf or vllm")
-    words: dict[str, Any] = {"batch_size": settings.batch_size} if "batch_size" in takes else {}
-    for name in ("tokenizer", "dtype", "device"):
-        value = getattr(settings, name)
-        if value is not None and name not in takes:
+    given = {name: getattr(settings, name) for name in ("batch_size", "tokenizer", "dtype", "device")}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in takes:
             raise EvaluatorError(f"model {settings.model} takes no {name}")
-        if value is not None:
-            words[name] = value
     if settings.trust_remote_code:
-        words["trust_remote_code"] = True
-    return words | settings.model_args
+        given["trust_remote_code"] = True
+    return _batch(model_class, settings.model) | given | settings.model_args
+
+
+def _batch(model_class: Any, name: str) -> dict[str, Any]:
+    """The batch size where none was given; vllm's and sglang's own would be 1, where they can make up their batches by themselves."""
+    if _is_transformers(model_class):
+        return {"batch_size": _BATCH_SIZE}
+    return {"batch_size": "auto"} if name.startswith(("vllm", "sglang")) else {}
+
+
+def _takes(model_class: Any) -> set[str]:
+    """The names of the keywords that a model takes, its bases' included."""
+    inits = [base.__init__ for base in model_class.__mro__ if "__init__" in vars(base)]
+    return {name for init in inits for name in inspect.signature(init).parameters}
 
 
 def _is_transformers(model_class: Any) -> bool:

@@ -25,12 +25,13 @@ class Settings:
     """What one evaluation is asked to do.
 
     ``limit``: documents a task (a whole number), or a share of them (below 1). ``batch_size``: a number, ``auto``, or ``auto:N`` (found
-    anew N times). ``model_args`` and ``gen_kwargs``: by name, as lm-eval's models and ``generate`` take them.
+    anew N times); None: 8, or what the kind of model makes up by itself. ``model_args`` and ``gen_kwargs``: by name, as lm-eval's models
+    and ``generate`` take them.
     """
 
     tasks: tuple[str, ...]
     num_fewshot: int | None = None
-    batch_size: int | str = 8
+    batch_size: int | str | None = None
     limit: float | None = None
     include_path: str | None = None
     apply_chat_template: bool = False

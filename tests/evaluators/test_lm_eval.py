@@ -1,8 +1,10 @@
 """The built-in evaluator lm_eval, with a real model, real tasks and real processes that are killed."""
 
+import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -406,7 +408,7 @@ def test_what_was_not_used_for_a_month_goes(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_model_that_is_no_torch_module_is_asked_the_same_and_has_no_fingerprint(server: Server, tmp_path: Path) -> None:
-    arguments = server.arguments(model="counting", model_args="tensor_parallel_size=2")
+    arguments = server.arguments(model="counting", model_args="tensor_parallel_size=2", batch_size=None)
 
     found = server.run(arguments=arguments, more={"samples_path": str(tmp_path / "s")}, progress=str(tmp_path / "progress"))
 
@@ -572,6 +574,19 @@ def test_arguments_are_read_as_lm_evals_command_reads_them() -> None:
     assert settings.tasks == ("a", "b")
     assert settings.gen_kwargs == {"temperature": 0.5, "do_sample": True, "until": "x"}
     assert (settings.limit, settings.batch_size, settings.trust_remote_code) == (0.5, "auto:4", False)
+
+
+def test_the_readme_tells_of_every_argument_and_its_default() -> None:
+    section = (REPOSITORY / "README.md").read_text().split("\n### Benchmarks: `lm_eval`\n")[1].split("\n### ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ?([^|]*?) ?\|$", section, re.MULTILINE))
+
+    parameters = inspect.signature(lm_eval.evaluate).parameters
+    arguments = {name: p.default for name, p in parameters.items() if name not in lm_eval._NOT_ARGUMENTS}
+
+    assert list(rows) == list(arguments)
+    assert rows["model"] == f"`{arguments['model']}`"
+    assert rows["tasks"].replace(" ", "") == arguments["tasks"]
+    assert settings_of(arguments) == settings_of({}), "a default is written in one more place, and is the same there"
 
 
 # --- chunks ---
