@@ -11,6 +11,7 @@ COMMANDS = {
     "worker": "assayer.worker.command",
     "merge": "assayer.merge.command",
     "evaluate": "assayer.evaluate",
+    "results": "assayer.results.command",
     "status": "assayer.status",
     "shutdown": "assayer.shutdown",
 }

@@ -7,6 +7,7 @@
     ├── EvaluatorError      exit 2   an evaluator's reference does not lead to a function
     ├── RedisError          exit 1   no Redis answers, or the embedded one cannot be started
     ├── StateError          exit 1   a directory or file of our own cannot be read, written or locked
+    ├── TrackerError        exit 1   a tracker did not take points; publishing again repairs it
     └── CheckpointError     exit 1   a checkpoint's files are gone, unreadable or changed
         ├── RefusedError    exit 1   a pickle in it asks for what is not run
         └── UnreadableError exit 1   it could not be read this time: an error of the disk, or it changed meanwhile
@@ -14,7 +15,17 @@
 A command prints one of these as one line and ends with its ``exit_code``; anything else is a bug and keeps its traceback.
 """
 
-__all__ = ["AssayerError", "CheckpointError", "EvaluatorError", "RedisError", "RefusedError", "StateError", "UnreadableError", "UsageError"]
+__all__ = [
+    "AssayerError",
+    "CheckpointError",
+    "EvaluatorError",
+    "RedisError",
+    "RefusedError",
+    "StateError",
+    "TrackerError",
+    "UnreadableError",
+    "UsageError",
+]
 
 
 class AssayerError(Exception):
@@ -41,6 +52,10 @@ class RedisError(AssayerError):
 
 class StateError(AssayerError):
     """A directory or file of assayer's own cannot be read, written or locked."""
+
+
+class TrackerError(AssayerError):
+    """A tracker is away, not installed, or has not taken what it was given."""
 
 
 class CheckpointError(AssayerError):

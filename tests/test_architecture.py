@@ -15,8 +15,9 @@ FLOORS = {
     **dict.fromkeys(["tensors", "torch_file", "safetensors_file", "saved_state", "containers", "placement", "language_model"], 2),
     **dict.fromkeys(["checkpoint", "progress", "record", "plan", "refs", "queues", "session", "evaluator_flags"], 2),
     **dict.fromkeys(["distributed", "documents", "token_source", "token_cache", "token_data"], 2),
-    "formats": 3,
     **dict.fromkeys(["evaluators", "harness"], 3),
+    **dict.fromkeys(["points", "ledger", "wandb_log"], 2),
+    **dict.fromkeys(["formats", "trackers", "tracking", "results"], 3),
     "merge": 4,
     "worker": 5,
     "watch": 6,
@@ -101,6 +102,10 @@ def test_no_job_function_lives_in_a_module_that_is_run() -> None:
         ("assayer.evaluate", ["torch", "redis", "rq", "transformers"]),
         *((name, ["torch", "redis", "rq"]) for name in ("assayer.record", "assayer.plan", "assayer.refs", "assayer.formats")),
         ("assayer.progress", ["torch", "numpy", "redis", "rq", "rich"]),
+        *(
+            (name, ["torch", "redis", "rq", "wandb", "mlflow", "tensorboard"])
+            for name in ("assayer.trackers", "assayer.tracking", "assayer.results.command")
+        ),
         ("assayer", ["torch", "redis", "rq", "click", "rich"]),
         ("assayer.__main__", ["torch", "redis", "rq"]),
     ],
@@ -108,6 +113,7 @@ def test_no_job_function_lives_in_a_module_that_is_run() -> None:
 def test_a_module_does_not_load_what_is_heavy(module: str, heavy: list[str]) -> None:
     code = f"import sys, {module}; assayer = sys.modules['assayer']\n"
     code += "import assayer.formats\nassayer.formats.all_formats()\n" if module == "assayer.formats" else ""
+    code += "import assayer.trackers\nassayer.trackers.all_trackers()\n" if module == "assayer.trackers" else ""
     code += f"print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert done.stdout == "[]\n"

@@ -1,0 +1,1 @@
+"""What the records say, shown and published: ``python -m assayer.results``."""

@@ -1,0 +1,55 @@
+"""Runs with records, as evaluations leave them, for the tests of trackers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from assayer.record import Place, Record, read
+
+BASE = Record(
+    checkpoint="",
+    format="single_file",
+    step=None,
+    epoch=None,
+    tokens=None,
+    identity="",
+    weights="regular",
+    evaluator={"name": "accuracy"},
+    status="finished",
+)
+
+
+class Run:
+    """A directory of checkpoints with results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def evals(self) -> Path:
+        return self.folder / "evals"
+
+    def record(self, step: int | None, metrics: dict[str, Any], name: str | None = None, evaluator: str = "accuracy", **more: Any) -> Path:
+        """Writes a record as a worker does. Identities differ by step unless one is given; each ends a second after its step."""
+        path = self.folder / (name or f"model_step{step}.pt")
+        fields: dict[str, Any] = {
+            "checkpoint": str(path),
+            "step": step,
+            "identity": f"{step or 0:032x}",
+            "evaluator": {"name": evaluator},
+            "metrics": metrics,
+            "ended": f"2026-11-20T04:{(step or 0) // 60 % 60:02}:{(step or 0) % 60:02}.25+00:00",
+        }
+        made = replace(BASE, **(fields | more))
+        place = Place.of(str(path), made.evaluator["name"], weights=made.weights)
+        written = place.write(made)
+        assert read(written) == made
+        return written
+
+
+def ledger_lines(run: Run, pattern: str) -> list[dict[str, Any]]:
+    """The lines of the one ledger of this name."""
+    (path,) = run.evals.glob(pattern)
+    return [json.loads(line) for line in path.read_text().splitlines()]
