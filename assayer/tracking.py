@@ -2,8 +2,8 @@
 
 A point is intended in the ledger, then given to the tracker, then noted as done; whoever breaks off in between leaves it doubtful, and the
 next publisher, of whatever record, begins with what is doubtful. So a tracker that was down is repaired by the next record, or by
-``python -m assayer.results publish``. What a tracker does about doubtful points its module says; a function of the user's is called with them
-again, their ``doubtful`` True and their ``id`` the same as before.
+``python -m assayer.results publish``. What a tracker does about doubtful points its module says; a function of the user's is called with
+them again, their ``doubtful`` True and their ``id`` the same as before.
 """
 
 import contextlib
@@ -39,6 +39,8 @@ NAMES = ("metric", "evaluator")
 LOCK_TIMEOUT = 60.0
 # Seconds that a publication may take beside an evaluation, and that the check of a function may.
 RECORD_TIMEOUT, CHECK_TIMEOUT = 60.0, 120.0
+# Seconds after that in which a child ends by itself, when nobody is there any more to end it.
+GRACE = 10
 
 _COMMON = {"names": "metric (eval/<metric>) or evaluator (eval/<evaluator>/<metric>); default: metric"}
 
@@ -158,10 +160,12 @@ def _missing_library(name: str, tracker: Tracker) -> str | None:
 
 @dataclass
 class Outcome:
-    """What a publication came to: points that a target took now, records whose point it had, notes, and what went wrong."""
+    """What a publication came to: points that a target took now, records whose point it had, records that give none by the reason, notes,
+    and what went wrong."""
 
     published: int = 0
     present: int = 0
+    without: dict[str, list[Path]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
@@ -173,7 +177,7 @@ def publish(paths: Iterable[Path], target: Target, again: bool = False, lock_tim
     results folder stands in the outcome and keeps no other from being published.
 
     Args:
-        paths: files of records; what is none, or gives no point, is a note.
+        paths: files of records.
         target: where to.
         again: also publish a later evaluation of the same weights.
         lock_timeout: seconds to wait for another publisher of the same folder.
@@ -204,11 +208,12 @@ def _publish_folder(results: Path, paths: Sequence[Path], target: Target, again:
         found = records.read(path)
         reason = "it is no record" if found is None else why_none(found)
         if found is None or reason:
-            outcome.notes.append(f"{printable(str(path))} gives no point: {reason}")
+            outcome.without.setdefault(str(reason), []).append(path)
             continue
         point, notes = point_of(found, path, owners, target.names)
         if point.id in ledger.ids | fresh.keys() or (not again and point.key in ledger.keys | keys):
-            outcome.present += 1
+            # What is doubtful is published below.
+            outcome.present += point.id not in ledger.pending
             continue
         outcome.notes += notes
         fresh[point.id] = point
@@ -237,7 +242,8 @@ def _give(points: Sequence[Point], target: Target, curve: Curve) -> list[str]:
 
 
 def publish_record(path: Path, targets: Sequence[Target], timeout: float = RECORD_TIMEOUT) -> list[str]:
-    """Publishes one record to each target, and returns a sentence for whatever did not go well; raises nothing.
+    """Publishes one record to each target, and returns a sentence for whatever did not go well; raises nothing. Of a record whose status is
+    not finished there is nothing to publish or to say.
 
     Each target has a child process of its own, so that the caller imports no library, inherits no thread, and waits no longer than the
     timeout: then the children are ended, and what they were at is doubtful until the next publication. Any number of processes on any
@@ -251,6 +257,10 @@ def publish_record(path: Path, targets: Sequence[Target], timeout: float = RECOR
     """
     deadline = time.monotonic() + timeout
     notes: list[str] = []
+    with contextlib.suppress(OSError):
+        found = records.read(path)
+        if found and found.status != "finished":
+            return []
     asked: list[tuple[str, _Child]] = []
     for target in targets:
         text = str(target)
@@ -269,7 +279,7 @@ class _Child:
 
     def __init__(self, question: Mapping[str, Any], timeout: float) -> None:
         # The alarm outlives the exec: without a parent it ends whatever hangs, in whatever library.
-        code = f"import signal; signal.alarm({int(timeout) + 10}); import runpy; runpy.run_module('assayer.tracking', run_name='__main__')"
+        code = f"import runpy, signal; signal.alarm({int(timeout) + GRACE}); runpy.run_module('assayer.tracking', run_name='__main__')"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(question)],
             stdin=subprocess.DEVNULL,
@@ -317,7 +327,7 @@ def _answer(question: Mapping[str, Any]) -> list[str]:
         except BaseException as error:  # SystemExit at import is the user's mistake like any other
             return [f"its import raised {type(error).__name__}: {error}"]
     outcome = publish([Path(question["record"])], Target.from_json(question["publish"]), lock_timeout=question["timeout"])
-    return [*outcome.errors, *outcome.notes]
+    return [*outcome.errors, *outcome.notes, *(f"{printable(question['record'])} gives no point: {reason}" for reason in outcome.without)]
 
 
 if __name__ == "__main__":

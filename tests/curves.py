@@ -1,11 +1,16 @@
 """Runs with records, as evaluations leave them, for the tests of trackers."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from conftest import REPOSITORY
+
 from assayer.record import Place, Record, read
+from assayer.tracking import parse, publish
 
 BASE = Record(
     checkpoint="",
@@ -53,3 +58,34 @@ def ledger_lines(run: Run, pattern: str) -> list[dict[str, Any]]:
     """The lines of the one ledger of this name."""
     (path,) = run.evals.glob(pattern)
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# Ends the process as the worst moments do: when all is intended and nothing given; when all is given and nothing noted.
+BEFORE = "tracking._give = die"
+AFTER = "ledger.Ledger.done = die"
+
+_DIES = """
+import json, os, signal, sys
+from pathlib import Path
+from assayer import ledger, tracking
+
+def die(*words, **more):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{patch}
+tracking.publish([Path(path) for path in json.loads(sys.argv[2])], tracking.parse(sys.argv[1], Path.cwd()))
+"""
+
+
+def killed(patch: str, target: str, *paths: Path) -> None:
+    """Publishes these records in a process that kills itself where ``patch`` puts ``die``."""
+    words = [sys.executable, "-c", _DIES.format(patch=patch), target, json.dumps([str(path) for path in paths])]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -9, done.stderr
+
+
+def published(target: str, *paths: Path, again: bool = False) -> tuple[int, int]:
+    """Publishes these records here, without anything going wrong: how many points were given, and how many were there."""
+    outcome = publish(paths, parse(target, REPOSITORY), again)
+    assert outcome.errors == [], outcome.errors
+    return outcome.published, outcome.present

@@ -26,7 +26,7 @@ def test_every_command_has_help_under_both_of_its_names(house: House, name: str)
         [sys.executable, "-m", f"assayer.{name}", "--help"], capture_output=True, text=True, env=house.environment, check=True
     ).stdout
     assert flags(short) == flags(long)
-    assert ("--redis_url" in short) is (name not in ("merge", "evaluate"))
+    assert ("--redis_url" in short) is (name not in ("merge", "evaluate", "results"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

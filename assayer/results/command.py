@@ -52,6 +52,8 @@ def publish_command(directories: tuple[str, ...], tracks: tuple[str, ...], evalu
     failed = False
     for target in targets:
         done = publish(paths, target, again)
+        for reason, given in done.without.items():
+            click.echo(f"assayer: note: {len(given)} give no point, such as {printable(str(given[0]))}: {reason}", err=True)
         for line in done.notes:
             click.echo(f"assayer: note: {line}", err=True)
         for line in done.errors:

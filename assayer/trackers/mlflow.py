@@ -93,9 +93,7 @@ def _run(client: Any, options: Mapping[str, str], curve: Curve) -> str:
     condition = f"tags.`mlflow.runName` = '{_quoted(given)}'" if given else f"tags.`{_TAG}` = '{curve.uid}'"
     found = client.search_runs([experiment], filter_string=condition, max_results=2)
     if len(found) > 1:
-        raise UsageError(
-            f"mlflow: {len(found)} runs or more are called {printable(given)}; give the id of one, run=<32 hexadecimal digits>"
-        )
+        raise UsageError(f"{len(found)} runs or more are called {printable(given)}; give the id of one, run=<32 hexadecimal digits>")
     if found:
         return str(found[0].info.run_id)
     made = client.create_run(experiment, run_name=given or f"{curve.run}-eval", tags={_TAG: curve.uid}).info.run_id
@@ -106,7 +104,7 @@ def _run(client: Any, options: Mapping[str, str], curve: Curve) -> str:
 
 def _quoted(text: str) -> str:
     if "'" in text:
-        raise UsageError(f"mlflow: the run's name {printable(text)} holds a quote; give its id")
+        raise UsageError(f"the run's name {printable(text)} holds a quote; give its id")
     return text
 
 

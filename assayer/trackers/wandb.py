@@ -183,6 +183,8 @@ def _write(points: Sequence[Point], place: _Place, *, mode: str, run: str, group
             opened.log({**point.values, "global_step": point.step, "_timestamp": point.wall})
     finally:
         opened.finish()
+        # W&B's own process may close the run's file only after that; at its end it has.
+        wandb.teardown()
 
 
 def _missing(points: Iterable[Point], known: Iterable[Mapping[str, Any]]) -> list[Point]:
