@@ -83,10 +83,13 @@ def test_the_trainers_run_gets_the_points_and_stays_as_it_is(store: Store, run: 
 
 @pytest.mark.parametrize(
     "patch",
-    [AFTER, "from assayer.trackers import mlflow\nfrom mlflow.tracking import MlflowClient\nmlflow._BATCH = 3\n"
-     "log = MlflowClient.log_batch\nMlflowClient.log_batch = lambda self, *w, **m: (log(self, *w, **m), die())"],
+    [
+        pytest.param(AFTER, marks=pytest.mark.slow),
+        "from assayer.trackers import mlflow\nfrom mlflow.tracking import MlflowClient\nmlflow._BATCH = 3\n"
+        "log = MlflowClient.log_batch\nMlflowClient.log_batch = lambda self, *w, **m: (log(self, *w, **m), die())",
+    ],
     ids=["after", "within"],
-)  # fmt: skip
+)
 def test_a_publisher_that_is_killed_leaves_one_metric_each(store: Store, run: Run, patch: str) -> None:
     records = [run.record(step, {"acc": step / 100, "loss": 1.0}) for step in (10, 20)]
     killed(patch, store.target, *records)

@@ -76,7 +76,9 @@ def test_without_a_run_the_points_have_one_of_their_own_that_stays_the_same(run:
     assert [step for step, _, _ in logged(run, name)] == [10, 20]
 
 
-@pytest.mark.parametrize("patch", [AFTER, "import wandb\nwandb.Run.finish = die"], ids=["after", "within"])
+@pytest.mark.parametrize(
+    "patch", [AFTER, pytest.param("import wandb\nwandb.Run.finish = die", marks=pytest.mark.slow)], ids=["after", "within"]
+)
 def test_a_publisher_that_is_killed_leaves_one_row_each(run: Run, patch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [run.record(step, {"acc": step / 100}) for step in (10, 20)]
     killed(patch, TARGET, *records)
