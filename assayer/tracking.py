@@ -288,6 +288,8 @@ class _Child:
             text=True,
             errors="replace",
             cwd=PACKAGE_PARENT,
+            # By this variable W&B would use the process that the caller's W&B has: a run that a killed child leaves open there stays open.
+            env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
             start_new_session=True,
         )
 

@@ -13,7 +13,7 @@ W&B's own process, which may outlive a killed publisher by two seconds, has fall
 very first publication only after ``VERIFY`` seconds, those stand in both runs.
 """
 
-import inspect
+import contextlib
 import os
 import re
 import shutil
@@ -46,6 +46,8 @@ MODES = ("online", "offline", "shared")
 VERIFY, _STEP = 30.0, 2.0
 # Seconds without a change after which W&B's own process of a killed publisher has ended.
 QUIET = 5.0
+# Rows with one of our metrics that are asked for: of more the server gives a sample.
+_SAMPLES = 10_000
 # In the ledger: whether the trainer's run takes our rows.
 _SHARED = "wandb_shared"
 
@@ -73,7 +75,19 @@ def publish(points: Sequence[Point], options: Mapping[str, str], curve: Curve) -
     place = _Place.of(options, curve)
     if any(point.doubtful for point in points):
         _await_silence(place)
-    return _offline(points, place) if mode == "offline" else _online(points, place, curve, must_share=mode == "shared")
+    if mode == "offline":
+        return _offline(points, place)
+    try:
+        return _online(points, place, curve, must_share=mode == "shared")
+    finally:
+        _end()
+
+
+def _end() -> None:
+    """Ends W&B's own process, and waits for its end: it may close a run's file only after the run has finished."""
+    import wandb
+
+    wandb.teardown()
 
 
 @dataclass(frozen=True)
@@ -157,10 +171,20 @@ def _online(points: Sequence[Point], place: _Place, curve: Curve, must_share: bo
             raise TrackerError(
                 f"W&B does not show {len(left)} rows in the run {place.companion}; they are looked up when you publish again"
             )
-    for folder in list(place.folders()):
-        # The server has what lies there.
-        shutil.rmtree(folder, ignore_errors=True)
+    _remove_own_files(place)
     return notes
+
+
+def _remove_own_files(place: _Place) -> None:
+    """Of online runs: the server has what lies there."""
+    for folder in list(place.folders()):
+        if not folder.name.startswith("offline-"):
+            shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for path in (place.folder / "wandb").iterdir():
+            if path.is_symlink() and not path.exists():
+                path.unlink()
+        (place.folder / "wandb").rmdir()
 
 
 def _write(points: Sequence[Point], place: _Place, *, mode: str, run: str, group: str | None = None) -> None:
@@ -171,7 +195,8 @@ def _write(points: Sequence[Point], place: _Place, *, mode: str, run: str, group
     settings |= {"x_disable_meta": True, "x_save_requirements": False}
     words: dict[str, Any] = {"entity": place.entity, "project": place.project, "id": run, "mode": mode, "dir": str(place.folder)}
     if mode == "shared":
-        settings |= {"x_primary": False, "x_update_finish_state": False}
+        # The trainer's summary, state and files stay its own.
+        settings |= {"x_primary": False, "x_update_finish_state": False, "x_server_side_derived_summary": True}
     else:
         words |= {"name": place.run_name, "group": group, "job_type": "eval", "resume": "allow"}
     opened = wandb.init(**words, settings=wandb.Settings(**settings))
@@ -182,9 +207,10 @@ def _write(points: Sequence[Point], place: _Place, *, mode: str, run: str, group
         for point in points:
             opened.log({**point.values, "global_step": point.step, "_timestamp": point.wall})
     finally:
-        opened.finish()
-        # W&B's own process may close the run's file only after that; at its end it has.
-        wandb.teardown()
+        try:
+            opened.finish()
+        finally:
+            _end()
 
 
 def _missing(points: Iterable[Point], known: Iterable[Mapping[str, Any]]) -> list[Point]:
@@ -212,10 +238,10 @@ def _history(place: _Place, run: str, points: Sequence[Point]) -> list[dict[str,
     found = _find(place, run)
     if found is None:
         return []
-    # Of later versions: without it, rows come from a file of this machine.
-    more = {"use_cache": False} if "use_cache" in inspect.signature(found.scan_history).parameters else {}
+    # Not scan_history: it goes through every step of a run, a thousand a request.
     names = sorted({name for point in points for name in point.values})
-    return [row for name in names for row in found.scan_history(keys=["global_step", "_timestamp", name], **more)]
+    keys = [["global_step", "_timestamp", name] for name in names]
+    return [row for wanted in keys for row in found.history(samples=_SAMPLES, keys=wanted, pandas=False)]
 
 
 def _group(place: _Place) -> str | None:

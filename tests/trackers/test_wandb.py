@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from curves import AFTER, Run, killed, published
+from wandb_server import Runs, serving
 
 from assayer.errors import TrackerError
 from assayer.points import Curve, Point
 from assayer.trackers import wandb as tracker
-from assayer.tracking import parse, publish
+from assayer.tracking import parse, publish, publish_record
 from assayer.wandb_log import records, rows
 
 # What W&B uses of others that goes away is between them.
@@ -148,6 +149,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(tracker, "_find", lambda place, run: type("Found", (), {"group": server.groups[run]}))
         return server
 
+    monkeypatch.setattr(tracker, "_end", lambda: None)
     monkeypatch.setattr(tracker, "VERIFY", 0.2)
     monkeypatch.setattr(tracker, "_STEP", 0.01)
     yield put
@@ -204,6 +206,65 @@ def test_shared_by_word_never_falls_back(run: Run, online: Any) -> None:
     with pytest.raises(TrackerError, match="does not show"):
         send(curve, a_point(10), mode="shared")
     assert set(server.kept) == {"abc"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Runs]:
+    """One for all: in one process W&B keeps to the address that it was first given."""
+    with serving() as runs:
+        yield runs
+
+
+@pytest.fixture
+def served(server: Runs, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """A server of this machine that W&B itself talks to; a trainer has opened the run "shr" in shared mode, and "solo" as usual."""
+    for name, value in {"BASE_URL": server.url, "API_KEY": "0" * 40, "MODE": "online", "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setattr(tracker, "VERIFY", 2.0)
+    monkeypatch.setattr(tracker, "_STEP", 0.2)
+    monkeypatch.setattr(tracker, "QUIET", 0.5)
+    server.clear()
+    server.add_trainer("shr", "g", is_shared=True)
+    server.add_trainer("solo", "g", is_shared=False)
+    return server
+
+
+def test_the_library_itself_writes_into_a_shared_run_and_leaves_its_summary_and_state_alone(run: Run, served: Runs) -> None:
+    for step in (20, 10):
+        assert published("wandb:project=p,entity=e,run=shr", run.record(step, {"acc": step / 100})) == (1, 0)
+    assert served.steps("shr") == [10, 20]
+    assert set(served.rows) == {"shr", "solo"}
+    assert served.summaries == set()
+    assert served.states == set()
+    assert not (run.evals / "wandb").exists(), "what the server has is removed here"
+
+
+def test_the_library_itself_finds_a_run_that_loses_rows_and_goes_on_in_the_companion(run: Run, served: Runs) -> None:
+    for step in (20, 10, 30):
+        assert published("wandb:project=p,run=solo", run.record(step, {"acc": step / 100})) == (1, 0)
+    assert (served.steps("solo"), served.steps("solo-eval"), served.groups["solo-eval"]) == ([], [10, 20, 30], "g")
+
+
+@pytest.mark.parametrize("name", ["shr", "solo"])
+def test_a_publisher_that_is_killed_with_the_server_leaves_one_row_each(run: Run, served: Runs, name: str) -> None:
+    target = f"wandb:project=p,run={name}"
+    published(target, run.record(10, {"acc": 0.1}))
+    records = [run.record(step, {"acc": step / 100}) for step in (20, 30)]
+    killed(AFTER, target, *records)
+    assert published(target, *records) == (2, 0)
+    assert served.steps("shr") + served.steps("solo-eval") == [10, 20, 30]
+
+
+def test_a_server_that_is_away_is_one_line_in_time_and_the_points_come_later(
+    run: Run, served: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = run.record(10, {"acc": 0.1})
+    target = parse("wandb:project=p,run=shr", run.folder)
+    with monkeypatch.context() as patched:
+        patched.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+        assert publish_record(record, [target], timeout=4) == [f"{target} took longer than 4 s; the next publication repairs it"]
+    assert published(str(target), record) == (1, 0)
+    assert served.steps("shr") == [10]
 
 
 def test_another_evaluation_of_the_same_step_is_a_row_of_its_own(run: Run) -> None:
