@@ -1,6 +1,6 @@
 """As much of a W&B server as its client needs to write a run and to read it back, on a free port of this machine.
 
-A run takes rows of a second process only when it was opened in shared mode, and none whose step (W&B's own) is not later than the last one's:
+A run takes rows of a second process only when it was opened in shared mode, and none whose step (W&B's own) is not later than the last one:
 as the real one does, it answers like always, and drops them.
 """
 
