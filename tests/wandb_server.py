@@ -68,14 +68,15 @@ class Runs:
         return {}
 
     def _resumed(self, name: str) -> dict[str, Any] | None:
-        if name not in self.rows:
+        bucket = self._bucket(name)
+        if bucket is None:
             return None
         tails = {f"{kind}Tail": "[]" for kind in ("history", "events", "logs")}
         # The last row, as text in a list as text.
         tails["historyTail"] = json.dumps([json.dumps(row) for row in self.rows[name][-1:]])
         counts = {f"{kind}LineCount": 0 for kind in ("events", "logLine", "history")}
         return {
-            **self._bucket(name),
+            **bucket,
             **tails,
             **counts,
             "logLineCount": 0,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from assayer.errors import UsageError
+from assayer.errors import TrackerError, UsageError
 from assayer.files import digest, printable
 from assayer.points import Curve, Point
 
@@ -26,7 +26,7 @@ OPTIONS = {
 }
 WORD = None
 EXTRA = "mlflow"
-NEEDS = ("mlflow", "sqlalchemy", "alembic")
+NEEDS = ("mlflow",)
 
 # Metrics that a request may hold, and characters that a metric's name may hold (mlflow/utils/validation.py).
 _BATCH = 1000
@@ -54,8 +54,12 @@ def publish(points: Sequence[Point], options: Mapping[str, str], curve: Curve) -
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=options["uri"])
-    run = _run(client, options, curve)
+    try:
+        client = MlflowClient(tracking_uri=options["uri"])
+        run = _run(client, options, curve)
+    except ModuleNotFoundError as error:
+        # Of a database, which the small package of MLflow does not bring.
+        raise TrackerError(f"{options['uri']} needs {error.name}, which is not installed: pip install 'assayer[{EXTRA}]'") from None
     metrics = []
     for point in points:
         for name, number in _names(point.values).items():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -265,6 +267,16 @@ def test_a_server_that_is_away_is_one_line_in_time_and_the_points_come_later(
         assert publish_record(record, [target], timeout=4) == [f"{target} took longer than 4 s; the next publication repairs it"]
     assert published(str(target), record) == (1, 0)
     assert served.steps("shr") == [10]
+
+
+@pytest.mark.slow
+def test_offline_publications_are_uploaded_as_one_run_by_w_and_bs_own_command(run: Run, served: Runs) -> None:
+    for step in (20, 10, 30):
+        published("wandb:project=p,mode=offline,run=abc", run.record(step, {"acc": step / 100}))
+    words = [sys.executable, "-m", "wandb", "sync", "--yes", *(str(path.parent) for path in logs(run))]
+    done = subprocess.run(words, cwd=run.folder, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert served.steps("abc-eval") == [10, 20, 30]
 
 
 def test_another_evaluation_of_the_same_step_is_a_row_of_its_own(run: Run) -> None:
