@@ -47,7 +47,10 @@ _COMMON = {"names": "metric (eval/<metric>) or evaluator (eval/<evaluator>/<metr
 
 @dataclass(frozen=True)
 class Target:
-    """Where points go: a tracker with its options, or a function of the user's. Paths in it are absolute."""
+    """Where points go: a tracker with its options, or a function of the user's. Paths in it are absolute.
+
+    ``str`` is for people: a password in a URL is not shown.
+    """
 
     tracker: str
     options: Mapping[str, str] = field(default_factory=dict)
@@ -56,7 +59,7 @@ class Target:
 
     def __str__(self) -> str:
         words = dict(self.options) if self.names == NAMES[0] else {**self.options, "names": self.names}
-        return self.tracker + (":" + ",".join(f"{name}={value}" for name, value in words.items()) if words else "")
+        return _masked(self.tracker + (":" + ",".join(f"{name}={value}" for name, value in words.items()) if words else ""))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,6 +76,11 @@ class Target:
         # How it is reached is no part of where it is.
         place = {name: value for name, value in self.options.items() if name not in ("mode", "group")}
         return f"{word}-{digest(self.tracker, json.dumps(place, sort_keys=True))[:8]}.ledger"
+
+
+def _masked(text: str) -> str:
+    """The text without what stands before the host of a URL."""
+    return re.sub(r"://[^/@\s]*@", "://***@", text)
 
 
 def parse(text: str, cwd: Path) -> Target:
@@ -192,10 +200,10 @@ def publish(paths: Iterable[Path], target: Target, again: bool = False, lock_tim
             with opened(results / target.ledger, lock_timeout) as ledger:
                 _publish_folder(results, chosen, target, again, ledger, outcome)
         except AssayerError as error:
-            outcome.errors.append(f"{target.tracker}: {error}")
+            outcome.errors.append(_masked(f"{target.tracker}: {error}"))
         except Exception as error:
             # Whatever a library raises: it is down, or refuses. The points stay doubtful.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = _masked(" ".join(f"{type(error).__name__}: {error}".split()))
             outcome.errors.append(f"{printable(target.tracker)}: {printable(reason[:400])}")
     return outcome
 
@@ -281,8 +289,8 @@ class _Child:
         # The alarm outlives the exec: without a parent it ends whatever hangs, in whatever library.
         code = f"import runpy, signal; signal.alarm({int(timeout) + GRACE}); runpy.run_module('assayer.tracking', run_name='__main__')"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(question)],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -292,6 +300,12 @@ class _Child:
             env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
             start_new_session=True,
         )
+        # Not on its command line, which every user of the host may read: a URL may hold a password.
+        stdin, self._process.stdin = self._process.stdin, None
+        with contextlib.suppress(BrokenPipeError):
+            if stdin:
+                with stdin:
+                    stdin.write(json.dumps(question) + "\n")
 
     def answer(self, deadline: float) -> list[str] | None:
         """Its sentences; None when it took too long."""
@@ -334,4 +348,4 @@ def _answer(question: Mapping[str, Any]) -> list[str]:
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    print("\n" + json.dumps({"assayer": _answer(json.loads(sys.argv[1]))}))
+    print("\n" + json.dumps({"assayer": _answer(json.loads(sys.stdin.readline()))}))

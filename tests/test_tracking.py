@@ -1,5 +1,6 @@
 """What ``--track`` means, and that each record is one point of each target, whoever publishes it and however often."""
 
+import contextlib
 import json
 import os
 import re
@@ -281,6 +282,29 @@ def test_a_publisher_whose_caller_is_gone_ends_by_itself(run: Run, tmp_path: Pat
     caller.kill()
     caller.wait()
     until(lambda: not Path(f"/proc/{pid}").exists(), seconds=20)
+
+
+def test_a_password_in_a_url_is_neither_shown_nor_on_a_command_line(run: Run, tmp_path: Path) -> None:
+    target = parse("mlflow:uri=http://me:secret@127.0.0.1:1", tmp_path)
+    assert str(target) == "mlflow:uri=http://***@127.0.0.1:1"
+    code = "import sys, json; from pathlib import Path; from assayer.tracking import Target, publish_record\n"
+    code += "print(publish_record(Path(sys.argv[1]), [Target.from_json(json.loads(sys.stdin.read()))], timeout=4))"
+    words = [sys.executable, "-c", code, str(run.record(10, {"acc": 0.1}))]
+    with subprocess.Popen(words, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdin and caller.stdout
+        with caller.stdin as orders:
+            orders.write(json.dumps(target.to_json()))
+        lines = until(lambda: [line for line in command_lines() if b"run_module" in line and b"assayer.tracking" in line])
+        said = caller.stdout.read()
+    assert not any(b"secret" in line for line in lines)
+    assert "http://***@127.0.0.1:1" in said and "secret" not in said
+    assert not any("secret" in path.read_text() for path in run.evals.glob("*.ledger"))
+
+
+def command_lines() -> Iterator[bytes]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield path.read_bytes()
 
 
 def test_a_record_without_a_step_says_so_beside_an_evaluation(run: Run) -> None:

@@ -247,7 +247,7 @@ def test_the_library_itself_finds_a_run_that_loses_rows_and_goes_on_in_the_compa
     assert (served.steps("solo"), served.steps("solo-eval"), served.groups["solo-eval"]) == ([], [10, 20, 30], "g")
 
 
-@pytest.mark.parametrize("name", ["shr", "solo"])
+@pytest.mark.parametrize("name", ["shr", pytest.param("solo", marks=pytest.mark.slow)])
 def test_a_publisher_that_is_killed_with_the_server_leaves_one_row_each(run: Run, served: Runs, name: str) -> None:
     target = f"wandb:project=p,run={name}"
     published(target, run.record(10, {"acc": 0.1}))
