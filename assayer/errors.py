@@ -6,6 +6,7 @@
     ├── UsageError          exit 2   the command's own words cannot be carried out
     ├── EvaluatorError      exit 2   an evaluator's reference does not lead to a function
     ├── RedisError          exit 1   no Redis answers, or the embedded one cannot be started
+    ├── ProtocolError       exit 1   a message is not what the LMMs-Eval protocol allows
     ├── StateError          exit 1   a directory or file of our own cannot be read, written or locked
     ├── TrackerError        exit 1   a tracker did not take points; publishing again repairs it
     └── CheckpointError     exit 1   a checkpoint's files are gone, unreadable or changed
@@ -15,10 +16,13 @@
 A command prints one of these as one line and ends with its ``exit_code``; anything else is a bug and keeps its traceback.
 """
 
+from typing import Any
+
 __all__ = [
     "AssayerError",
     "CheckpointError",
     "EvaluatorError",
+    "ProtocolError",
     "RedisError",
     "RefusedError",
     "StateError",
@@ -48,6 +52,24 @@ class EvaluatorError(AssayerError):
 
 class RedisError(AssayerError):
     """No Redis answers at the place asked for, or the embedded server does not start."""
+
+
+class ProtocolError(AssayerError):
+    """A message is refused; ``status`` and ``detail`` (a sentence, or a list of ``{type, loc, msg, input}``) make the answer."""
+
+    def __init__(self, detail: str | list[dict[str, Any]], status: int = 422) -> None:
+        self.detail = detail
+        self.status = status
+        first = [f"{'.'.join(map(str, d['loc']))}: {d['msg']}" for d in detail] if isinstance(detail, list) else [detail]
+        super().__init__("; ".join(first))
+
+    @property
+    def details(self) -> list[dict[str, Any]]:
+        return self.detail if isinstance(self.detail, list) else []
+
+    def to_json(self) -> dict[str, Any]:
+        """The body of the answer, as FastAPI forms it."""
+        return {"detail": self.detail}
 
 
 class StateError(AssayerError):

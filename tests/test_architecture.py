@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "assayer"
 FLOORS = {
     **dict.fromkeys(["errors", "files", "content", "archive", "pickles", "sealed"], 1),
     **dict.fromkeys(["tensors", "torch_file", "safetensors_file", "saved_state", "containers", "placement", "language_model"], 2),
-    **dict.fromkeys(["checkpoint", "progress", "record", "plan", "refs", "queues", "session", "evaluator_flags"], 2),
+    **dict.fromkeys(["checkpoint", "progress", "record", "plan", "refs", "queues", "session", "evaluator_flags", "fields", "protocol"], 2),
     **dict.fromkeys(["distributed", "documents", "token_source", "token_cache", "token_data"], 2),
     **dict.fromkeys(["evaluators", "harness"], 3),
     **dict.fromkeys(["points", "ledger", "wandb_log"], 2),
