@@ -7,6 +7,7 @@
     ├── EvaluatorError      exit 2   an evaluator's reference does not lead to a function
     ├── RedisError          exit 1   no Redis answers, or the embedded one cannot be started
     ├── ProtocolError       exit 1   a message is not what the LMMs-Eval protocol allows
+    ├── ServerError         exit 1   an evaluation server refuses, or does not answer
     ├── StateError          exit 1   a directory or file of our own cannot be read, written or locked
     ├── TrackerError        exit 1   a tracker did not take points; publishing again repairs it
     └── CheckpointError     exit 1   a checkpoint's files are gone, unreadable or changed
@@ -25,6 +26,7 @@ __all__ = [
     "ProtocolError",
     "RedisError",
     "RefusedError",
+    "ServerError",
     "StateError",
     "TrackerError",
     "UnreadableError",
@@ -70,6 +72,19 @@ class ProtocolError(AssayerError):
     def to_json(self) -> dict[str, Any]:
         """The body of the answer, as FastAPI forms it."""
         return {"detail": self.detail}
+
+
+class ServerError(AssayerError):
+    """An evaluation server's answer is no success; ``status`` is that of HTTP, None where no answer came."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def is_passing(self) -> bool:
+        """True where the same request may well succeed later: no answer, a server's own error, too many requests."""
+        return self.status is None or self.status >= 500 or self.status in (408, 425, 429)
 
 
 class StateError(AssayerError):

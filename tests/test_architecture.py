@@ -15,7 +15,7 @@ FLOORS = {
     **dict.fromkeys(["tensors", "torch_file", "safetensors_file", "saved_state", "containers", "placement", "language_model"], 2),
     **dict.fromkeys(["checkpoint", "progress", "record", "plan", "refs", "queues", "session", "evaluator_flags", "fields", "protocol"], 2),
     **dict.fromkeys(["distributed", "documents", "token_source", "token_cache", "token_data"], 2),
-    **dict.fromkeys(["evaluators", "harness"], 3),
+    **dict.fromkeys(["evaluators", "harness", "client"], 3),
     **dict.fromkeys(["points", "ledger", "wandb_log"], 2),
     **dict.fromkeys(["formats", "trackers", "tracking", "results"], 3),
     "merge": 4,
@@ -105,6 +105,8 @@ def test_no_job_function_lives_in_a_module_that_is_run() -> None:
         *(
             (name, ["torch", "redis", "rq", "wandb", "mlflow", "tensorboard"])
             for name in ("assayer.trackers", "assayer.tracking", "assayer.results.command")
+            (name, ["torch", "redis", "rq", "click", "rich", "numpy", "safetensors", "transformers", "lightning", "pydantic"])
+            for name in ("assayer.protocol", "assayer.client", "assayer.client.callback")
         ),
         ("assayer", ["torch", "redis", "rq", "click", "rich"]),
         ("assayer.__main__", ["torch", "redis", "rq"]),

@@ -1,0 +1,160 @@
+"""Evaluations that a training loop drives, and never waits for."""
+
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from assayer.client.config import EvalConfig
+from assayer.client.connection import EvalClient
+from assayer.client.courier import Courier, Patience
+from assayer.client.mailbox import Mailbox, Order, Point
+from assayer.client.names import STYLES
+from assayer.client.pending import PendingFile
+from assayer.errors import UsageError
+from assayer.files import short_name
+from assayer.protocol import CHECKPOINT_TYPES
+
+__all__ = ["AsyncEvaluation", "is_first_rank"]
+
+logger = logging.getLogger(__name__)
+
+
+class AsyncEvaluation:
+    """Submits a training's checkpoints to an evaluation server, and collects their metrics.
+
+    ``submit`` and ``poll`` touch memory alone: a daemon thread does all talking and all file work, so that a server or a file system that
+    hangs, refuses or restarts never delays a step. What fails is tried again, with growing waits of at most a minute. Jobs are remembered
+    in ``<output_dir>/evals/pending-<name>`` before they are submitted, and again once their points were taken: a restarted training goes on
+    collecting, and logs nothing twice. (A process that is killed within the milliseconds between taking a point and writing that down takes
+    it again: twice the same number at the same step, rather than none.)
+
+    A checkpoint is kept from the trainer's rotation by the server, from the moment its submission succeeds. Until then nothing protects it:
+    one that is rotated away while the server cannot be reached is submitted all the same, and ends as failed, with a warning.
+
+    Args:
+        config: ``EvalConfig``, or LMMs-Engine's ``eval_config`` as a dictionary.
+        output_dir: the run's directory, in which the trainer saves checkpoints.
+        token: the server's; default: the environment's ``ASSAYER_TOKEN``.
+        weights: which weights of each checkpoint: ``("regular",)``, or ``("regular", "ema")``, logged as ``eval/...`` and ``eval_ema/...``.
+        style: ``slash`` (``eval/<task>/<metric>``), or ``lmms_engine`` (``eval/<task>_<metric>``).
+        name: another one for a second evaluation of the same run.
+        timeout: seconds for one request.
+        rank: 0 for the one process that talks, in all others nothing happens; default: torch.distributed's where it is initialized, else
+            the environment's ``RANK``, asked at each call.
+        patience: see ``courier.Patience``.
+    """
+
+    def __init__(
+        self,
+        config: EvalConfig | Mapping[str, Any],
+        output_dir: str | os.PathLike[str],
+        *,
+        token: str | None = None,
+        weights: Sequence[str] = ("regular",),
+        style: str = "slash",
+        name: str = "evaluations",
+        timeout: float = 30.0,
+        rank: int | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        if style not in STYLES:
+            raise UsageError(f"style {style!r} is not known; allowed: {', '.join(STYLES)}")
+        wrong = [word for word in weights if word not in CHECKPOINT_TYPES]
+        if isinstance(weights, str) or wrong or not weights:
+            raise UsageError(f"weights {weights!r} are not known; a list of: {', '.join(CHECKPOINT_TYPES)}")
+        if not name or "/" in name or name.endswith(".json") or short_name(name, 40) != name:
+            raise UsageError(f"name {name!r} is none for a file; letters and digits will do")
+        self.config = config if isinstance(config, EvalConfig) else EvalConfig.of(config)
+        self.weights = tuple(dict.fromkeys(weights))
+        self._client = EvalClient(self.config.server_url, token, timeout)
+        # Taken now: to ask for it later would be a call of the system, in the middle of a step.
+        self._directory = os.getcwd()
+        self._output_dir = Path(self._absolute(os.fspath(output_dir)))
+        self._name, self._style, self._rank, self._patience = name, style, rank, patience or Patience()
+        self._mailbox = Mailbox()
+        self._thread: threading.Thread | None = None
+
+    def _absolute(self, path: str) -> str:
+        return os.path.normpath(os.path.join(self._directory, path))
+
+    @property
+    def is_active(self) -> bool:
+        """True in the one process that talks."""
+        return self._rank == 0 if self._rank is not None else is_first_rank()
+
+    def submit(self, checkpoint: str | os.PathLike[str], step: int) -> None:
+        """Has a checkpoint evaluated; returns at once. The same checkpoint a second time, not saved anew, is not evaluated again.
+
+        Args:
+            checkpoint: its file or directory, which may still be written.
+            step: the step at which its metrics are logged.
+        """
+        if not self.is_active:
+            return
+        path = self._absolute(os.fspath(checkpoint))
+        self._mailbox.order([Order(str(uuid.uuid4()), path, int(step), weights) for weights in self.weights])
+        self._start()
+
+    def poll(self) -> list[Point]:
+        """The points that came since the last call, by step, to be logged; returns at once. Every point is returned once."""
+        if not self.is_active:
+            return []
+        self._start()
+        return self._mailbox.take_points()
+
+    def out(self) -> list[str]:
+        """What is still out, each in a sentence."""
+        return self._mailbox.out()
+
+    def finish(self, timeout: float) -> list[Point]:
+        """Waits until all evaluations have ended, at most ``timeout`` seconds, and returns the last points. What is still out then is told
+        in a warning, stays at the server, and is collected by the next training of the same ``output_dir``.
+        """
+        if not self.is_active:
+            return []
+        self._start()
+        end = time.monotonic() + timeout
+        # The end of the time is for remembering what is handed out now.
+        is_idle = self._mailbox.wait_idle(end - min(1.0, timeout / 10))
+        points = self._mailbox.take_points()
+        self._mailbox.wait_written(end)
+        out = self.out()
+        if out:
+            shown = "; ".join(out[:10]) + ("; ..." if len(out) > 10 else "")
+            logger.warning("%d evaluations are still out after %g s: %s", len(out), timeout, shown)
+        elif not is_idle:
+            logger.warning("what an earlier training left in %s is not known after %g s", self._file().path, timeout)
+        return points
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Ends the thread, waiting for it at most so many seconds; what is out stays remembered, and a later call goes on with it."""
+        thread, self._thread = self._thread, None
+        if thread:
+            mailbox, self._mailbox = self._mailbox, Mailbox()
+            mailbox.close()
+            thread.join(timeout)
+
+    def _file(self) -> PendingFile:
+        return PendingFile(self._output_dir, self._name)
+
+    def _start(self) -> None:
+        """Starts the thread, in the process that calls: one that was forked has none."""
+        if self._thread is None or not self._thread.is_alive():
+            courier = Courier(self._mailbox, self._client, self.config, self._file(), self._style, self._patience)
+            self._thread = threading.Thread(target=courier.run, name="assayer-client", daemon=True)
+            self._thread.start()
+
+
+def is_first_rank() -> bool:
+    """True in the first process of a distributed training, and in the only one of another; nothing is imported for that."""
+    torch = sys.modules.get("torch")
+    distributed = getattr(torch, "distributed", None)
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return bool(distributed.get_rank() == 0)
+    return os.environ.get("RANK", "0") in ("", "0")

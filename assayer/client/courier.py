@@ -1,0 +1,298 @@
+"""The daemon thread that does all talking to the server and all file work, so that a training never waits for either."""
+
+import json
+import logging
+import random
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from assayer.client.config import EvalConfig
+from assayer.client.connection import EvalClient
+from assayer.client.mailbox import Mailbox, Point
+from assayer.client.names import named
+from assayer.client.pending import Job, PendingFile, signature_of
+from assayer.errors import AssayerError, ServerError
+from assayer.files import open_file
+from assayer.protocol import JobStatus
+
+__all__ = ["Courier", "Patience"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long things are waited for; seconds, but for counts.
+
+    ``first`` and ``most``: before a failed request is made again, doubled each time. ``lock``: for an earlier training to leave the file of
+    pending jobs. ``forgotten``: how often a job that the server lost is submitted again. ``unreadable``: how often a results file that is
+    not there (a file system that is late) is looked for.
+    """
+
+    first: float = 1.0
+    most: float = 60.0
+    lock: float = 60.0
+    forgotten: int = 3
+    unreadable: int = 10
+
+    def after(self, failures: int) -> float:
+        """The wait after so many failures in a row, a little by chance, so that many trainings do not come at one time."""
+        return min(self.most, self.first * 2.0 ** min(failures - 1, 30)) * random.uniform(0.75, 1.0)
+
+
+class Courier:
+    """Carries orders to the server and points back; ``run`` is the thread's function."""
+
+    def __init__(self, mailbox: Mailbox, client: EvalClient, config: EvalConfig, file: PendingFile, style: str, patience: Patience) -> None:
+        self._mailbox = mailbox
+        self._client = client
+        self._config = config
+        self._file = file
+        self._style = style
+        self._patience = patience
+        self._jobs: dict[str, Job] = {}
+        # When a job is next asked for, and how often it failed in a row; of the server as a whole under "".
+        self._due: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
+        self._is_loaded = False
+        self._is_dirty = False
+        self._logged: set[str] = set()
+        self._began = time.monotonic()
+        self._said_of_file: set[str] = set()
+
+    def run(self) -> None:
+        """Until the mailbox is closed: carries what there is, then waits until something is due, or the mailbox wakes it."""
+        while not self._mailbox.is_closed:
+            self._mailbox.wake.clear()
+            try:
+                self._round()
+            except Exception:
+                # Whatever it is, later evaluations are still to be carried.
+                logger.exception("the evaluations are looked after again in %.0f s", self._patience.most)
+                self._due[""] = time.monotonic() + self._patience.most
+            self._mailbox.wake.wait(self._seconds_until_due())
+        self._sort_mail()
+        self._save()
+        self._file.unlock()
+
+    def _seconds_until_due(self) -> float:
+        if not self._is_loaded or self._is_dirty:
+            return self._patience.first
+        now = time.monotonic()
+        due = min((self._due.get(job.key, now) for job in self._jobs.values() if job.is_out), default=now + 3600)
+        return max(due, self._due.get("", 0.0)) - now
+
+    def _round(self) -> None:
+        if not self._is_loaded and not self._load():
+            return
+        self._sort_mail()
+        self._save()
+        for key in [job.key for job in self._jobs.values() if job.is_out]:
+            now = time.monotonic()
+            if self._mailbox.is_closed or self._due.get("", 0.0) > now:
+                return
+            job = self._jobs.get(key)
+            if job and self._due.get(key, 0.0) <= now:
+                self._carry(job)
+                self._sort_mail()
+                self._save()
+
+    def _load(self) -> bool:
+        """Reads what an earlier training left; False while that one still has the file."""
+        try:
+            if not self._file.try_lock() and time.monotonic() - self._began < self._patience.lock:
+                self._say_of_file(f"{self._file.path}: another training has this file of pending evaluations; waiting for it to end")
+                return False
+            jobs = self._file.read()
+        except OSError as error:
+            self._say_of_file(f"{self._file.path} cannot be read ({error.strerror}); what an earlier training left is not collected")
+            jobs = []
+        self._jobs = {job.key: job for job in jobs}
+        self._is_loaded = True
+        self._mailbox.loaded({job.key: _words(job) for job in jobs if job.is_out})
+        waiting = [job for job in jobs if job.is_out]
+        if waiting:
+            logger.info("%d evaluations of an earlier training are still out", len(waiting))
+        for job in jobs:
+            if job.state == "done":
+                self._mailbox.settle(job.key, _point(job))
+        return True
+
+    def _sort_mail(self) -> None:
+        """Orders become jobs, points that were handed out are logged."""
+        orders, handed = self._mailbox.take_orders()
+        for key in handed:
+            self._logged.add(key)
+            if key in self._jobs:
+                self._put(replace(self._jobs[key], state="logged", metrics={}))
+        self._is_dirty |= bool(handed)
+        for order in orders:
+            signature = signature_of(order.checkpoint)
+            twin = next((j for j in self._jobs.values() if j.is_of(order.checkpoint, order.step, order.weights)), None)
+            if twin and twin.signature == signature and twin.state != "ended":
+                logger.info("%s (%s) is known already, and not evaluated twice", order.checkpoint, order.weights)
+                self._mailbox.settle(order.key, None)
+                continue
+            if twin:
+                self._drop(twin)
+            self._put(Job(order.key, order.checkpoint, order.step, order.weights, signature, sent_as=order.key))
+
+    def _drop(self, twin: Job) -> None:
+        """The checkpoint was saved anew, by a training that was resumed before it: nobody waits for its earlier weights."""
+        del self._jobs[twin.key]
+        self._is_dirty = True
+        if twin.is_out:
+            logger.info("%s was saved anew: its earlier evaluation (job %s) is not waited for", twin.checkpoint, twin.job_id)
+            self._mailbox.settle(twin.key, None)
+
+    def _put(self, job: Job) -> None:
+        self._is_dirty |= self._jobs.get(job.key) != job
+        self._jobs[job.key] = job
+
+    def _save(self) -> None:
+        """Writes the file, where something has changed. A disk that is full or away is told once; all goes on in memory."""
+        if not self._is_dirty:
+            return
+        try:
+            self._file.write(self._jobs.values())
+            # Where there was no folder for it before.
+            self._file.try_lock()
+        except OSError as error:
+            self._say_of_file(f"{self._file.path} cannot be written ({error.strerror}); a restarted training would not know of what is out")
+            return
+        self._is_dirty = False
+        self._said_of_file.clear()
+        self._mailbox.written(self._logged)
+        self._logged = set()
+
+    def _say_of_file(self, words: str) -> None:
+        if words not in self._said_of_file:
+            logger.warning("%s", words)
+            self._said_of_file.add(words)
+
+    def _carry(self, job: Job) -> None:
+        """One request for one job."""
+        try:
+            changed = self._submit(job) if job.state == "new" else self._ask(job)
+        except ServerError as error:
+            self._failed(job, error)
+            return
+        self._failures.pop("", None)
+        self._failures.pop(job.key, None)
+        self._due[job.key] = time.monotonic() + (0.0 if changed.state == "new" else self._config.poll_interval)
+        self._put(changed)
+        if changed.is_out:
+            self._mailbox.tell(job.key, _words(changed))
+        elif changed.state == "done":
+            # Remembered first: a point that is handed out and not known of would be fetched, and logged, again.
+            self._save()
+            self._mailbox.settle(job.key, _point(changed))
+        else:
+            logger.warning("%s (%s) has no metrics: %s", job.checkpoint, job.weights, changed.note)
+            self._mailbox.settle(job.key, None)
+
+    def _failed(self, job: Job, error: ServerError) -> None:
+        """Nobody answers: all wait. This request alone is not answered well: it waits. It is refused for what it says: it has ended."""
+        if error.status in (400, 413, 422) and job.state == "new":
+            logger.error("%s (%s) is not evaluated: %s", job.checkpoint, job.weights, error)
+            self._put(replace(job, state="ended", note=str(error)))
+            self._mailbox.settle(job.key, None)
+            return
+        key = "" if error.status is None else job.key
+        if key:
+            self._failures.pop("", None)
+        count = self._failures[key] = self._failures.get(key, 0) + 1
+        wait = self._patience.after(count)
+        self._due[key] = time.monotonic() + wait
+        if count & (count - 1) == 0:
+            # The first time, and then ever more rarely.
+            logger.warning("%s; tried again in %.0f s (%d so far)", error, wait, count)
+        self._mailbox.tell(job.key, f"{_words(job)} ({error})")
+
+    def _submit(self, job: Job) -> Job:
+        answer = self._client.post_evaluate(self._config.request(job.checkpoint, job.weights), job.sent_as)
+        job_id = answer.get("job_id")
+        if not isinstance(job_id, str):
+            raise ServerError(f"{self._client.base_url} answered a submission without a job_id", 502)
+        logger.info(
+            "-> %s (%s) step %d: job %s, position %s", job.checkpoint, job.weights, job.step, job_id, answer.get("position_in_queue")
+        )
+        return replace(job, state="submitted", job_id=job_id)
+
+    def _ask(self, job: Job) -> Job:
+        try:
+            answer = self._client.get_job(job.job_id or "")
+        except ServerError as error:
+            if error.status == 404 and "not found" in str(error):
+                return self._forgotten(job)
+            raise
+        status = answer.get("status")
+        if status in (JobStatus.QUEUED, JobStatus.RUNNING):
+            return job
+        if status == JobStatus.COMPLETED:
+            return self._completed(job, answer)
+        if status in (JobStatus.FAILED, JobStatus.CANCELLED):
+            reason = answer.get("error")
+            return replace(job, state="ended", note=f"job {job.job_id} {status}" + (f": {reason}" if reason else ""))
+        raise ServerError(f"{self._client.base_url} gives job {job.job_id} the unknown status {status!r}", 502)
+
+    def _forgotten(self, job: Job) -> Job:
+        """A server that lost its jobs gets this one again, under a new key; not for ever."""
+        if job.forgotten >= self._patience.forgotten:
+            return replace(job, state="ended", note=f"the server does not know job {job.job_id}, and lost it {job.forgotten} times before")
+        logger.warning("the server does not know job %s of %s any more: submitted again", job.job_id, job.checkpoint)
+        return replace(job, state="new", job_id=None, sent_as=str(uuid.uuid4()), forgotten=job.forgotten + 1)
+
+    def _completed(self, job: Job, answer: Mapping[str, Any]) -> Job:
+        numbers = answer.get("metrics")
+        if not isinstance(numbers, Mapping):
+            try:
+                numbers = read_results(answer.get("result") or {})
+            except (OSError, AssayerError) as error:
+                return self._unreadable(job, error)
+        metrics = named(numbers, self._style, job.weights)
+        if not metrics:
+            return replace(job, state="ended", note=f"job {job.job_id} completed without a finite number")
+        shown = ", ".join(f"{name}={value:.6g}" for name, value in list(metrics.items())[:5])
+        logger.info("<- %s (%s) step %d: %s", job.checkpoint, job.weights, job.step, shown)
+        return replace(job, state="done", metrics=metrics)
+
+    def _unreadable(self, job: Job, error: Exception) -> Job:
+        key = f"results of {job.key}"
+        self._failures[key] = self._failures.get(key, 0) + 1
+        if self._failures[key] < self._patience.unreadable:
+            return job
+        return replace(job, state="ended", note=f"job {job.job_id} completed, but its results cannot be read: {error}")
+
+
+def _point(job: Job) -> Point:
+    return Point(job.step, dict(job.metrics), job.checkpoint, job.weights, job.key)
+
+
+def _words(job: Job) -> str:
+    return f"{job.checkpoint} ({job.weights}): " + (f"job {job.job_id} is out" if job.job_id else "not submitted yet")
+
+
+def read_results(result: Mapping[str, Any]) -> dict[str, Any]:
+    """``{task: {"<metric>,<filter>": value}}`` from the results files that a job names: upstream's server gives no more than their paths.
+
+    Raises:
+        OSError: a file is not there, or cannot be read.
+        AssayerError: it names no file, or one that is no results file.
+    """
+    found: dict[str, Any] = {}
+    for files in result.values():
+        path = files.get("results") if isinstance(files, Mapping) else None
+        if isinstance(path, str):
+            with open_file(Path(path)) as file:
+                try:
+                    found |= json.load(file)["results"]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise AssayerError(f"{path} is no results file") from None
+    if not found:
+        raise AssayerError("it names no results file")
+    return found

@@ -1,0 +1,126 @@
+"""The jobs of one training <-> one file below its ``evals/``: what is out, what came, and what was logged."""
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from assayer.checkpoint import list_path
+from assayer.errors import StateError
+from assayer.files import lock_file, read_json, try_lock, write_json
+from assayer.record import run_folder
+
+__all__ = ["Job", "PendingFile", "signature_of"]
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+# new: to be submitted. submitted: its job is out. done: its metrics came, nobody took them yet. logged: they were taken.
+# ended: it came to nothing (failed, cancelled, refused, forgotten).
+STATES = ("new", "submitted", "done", "logged", "ended")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation of one checkpoint's weights. ``sent_as`` is its Idempotency-Key; ``forgotten`` counts how often the server lost it."""
+
+    key: str
+    checkpoint: str
+    step: int
+    weights: str
+    signature: str = ""
+    state: str = "new"
+    job_id: str | None = None
+    sent_as: str = ""
+    forgotten: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    note: str | None = None
+
+    @property
+    def is_out(self) -> bool:
+        return self.state in ("new", "submitted")
+
+    def is_of(self, checkpoint: str, step: int, weights: str) -> bool:
+        """True for the same place in the training."""
+        return (self.checkpoint, self.step, self.weights) == (checkpoint, step, weights)
+
+
+_FIELDS = {f.name for f in fields(Job)}
+_TYPES: dict[str, type] = {"key": str, "checkpoint": str, "step": int, "weights": str, "state": str}
+
+
+class PendingFile:
+    """``<output_dir>/evals/pending-<name>``, whole or absent, and the lock beside it that keeps a second training out.
+
+    Where strangers beside checkpoints stop a trainer, ``evals/`` is one level higher, as for results (``record.run_folder``).
+    """
+
+    def __init__(self, output_dir: Path, name: str) -> None:
+        # Asked with the names that such a folder's checkpoints have.
+        runs = {run_folder(output_dir / checkpoint) for checkpoint in ("checkpoint_1", "step-1")}
+        run = next((run for run in runs if run != output_dir), output_dir)
+        self.path = run / "evals" / f"pending-{name}"
+        self._lock: int | None = None
+
+    def try_lock(self) -> bool:
+        """True when this process has the file for itself; also where the file system knows no locks, or nothing lies there yet.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if self._lock is not None or not self.path.parent.exists():
+            return True
+        path = self.path.with_name(self.path.name + ".lock")
+        descriptor = lock_file(path)
+        try:
+            if not try_lock(descriptor, path):
+                os.close(descriptor)
+                return False
+        except StateError as error:
+            logger.info("%s", error)
+        self._lock = descriptor
+        return True
+
+    def unlock(self) -> None:
+        """Gives the file to the next training."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def read(self) -> list[Job]:
+        """The jobs that an earlier training left; what is none is passed over.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        value = read_json(self.path)
+        entries = value.get("jobs") if isinstance(value, dict) else None
+        if entries is None and self.path.is_file():
+            logger.warning("%s is no file of pending evaluations: what it held is lost", self.path)
+        return [job for entry in entries or [] if (job := _job(entry))]
+
+    def write(self, jobs: Iterable[Job]) -> None:
+        """Writes all jobs, whole or not at all.
+
+        Raises:
+            OSError: the output directory is not there, or cannot be written.
+        """
+        self.path.parent.mkdir(exist_ok=True)
+        write_json(self.path, {"schema": SCHEMA, "jobs": [asdict(job) for job in jobs]})
+
+
+def _job(entry: Any) -> Job | None:
+    if not isinstance(entry, dict) or any(not isinstance(entry.get(name), kind) for name, kind in _TYPES.items()):
+        return None
+    return Job(**{name: entry[name] for name in _FIELDS & entry.keys()}) if entry["state"] in STATES else None
+
+
+def signature_of(checkpoint: str) -> str:
+    """A digest of a checkpoint's file names, sizes and times: another one where it was saved anew; "" where it cannot be listed."""
+    try:
+        return list_path(checkpoint).signature()
+    except OSError:
+        return ""

@@ -1,0 +1,511 @@
+"""What a training loop drives: nothing delays it, nothing is lost, nothing comes twice."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import until
+from evaluation_server import EvaluationServer
+
+from assayer.client import AsyncEvaluation, Point
+from assayer.client.courier import Patience
+from assayer.client.names import named
+from assayer.errors import UsageError
+from assayer.protocol import JobInfo, JobStatus
+
+QUICK = Patience(first=0.01, most=0.05)
+GOOD = {"t": {"acc,none": 0.5}}
+
+
+@pytest.fixture
+def server() -> Iterator[EvaluationServer]:
+    with EvaluationServer() as server:
+        yield server
+
+
+class Training:
+    """Trainings of one run, one after another."""
+
+    def __init__(self, run: Path, server: EvaluationServer) -> None:
+        self.run, self.server = run, server
+        self.evaluations: list[AsyncEvaluation] = []
+
+    def start(self, **more: Any) -> AsyncEvaluation:
+        config = {"server_url": self.server.url, "model": "m", "tasks": ["t"], "poll_interval": 0.02}
+        self.evaluations.append(AsyncEvaluation(config, self.run, **{"patience": QUICK, **more}))
+        return self.evaluations[-1]
+
+    def save(self, step: int, text: str = "weights") -> Path:
+        path = self.run / f"checkpoint-{step}" / "model.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return path.parent
+
+    @property
+    def file(self) -> Path:
+        return self.run / "evals" / "pending-evaluations"
+
+    def states(self) -> list[str]:
+        return [job["state"] for job in json.loads(self.file.read_text())["jobs"]] if self.file.exists() else []
+
+
+@pytest.fixture
+def training(tmp_path: Path, server: EvaluationServer) -> Iterator[Training]:
+    training = Training(tmp_path, server)
+    yield training
+    server.hang.clear()
+    server.let_go.set()
+    for evaluation in training.evaluations:
+        evaluation.close(30)
+
+
+def come(evaluation: AsyncEvaluation, count: int = 1) -> list[Point]:
+    """So many points, polled for."""
+    points: list[Point] = []
+
+    def enough() -> bool:
+        points.extend(evaluation.poll())
+        return len(points) >= count
+
+    until(enough)
+    return points
+
+
+def returns(call: Callable[[], Any]) -> Any:
+    """What the call returns, made in a thread of its own: one that is held up fails, and does not hold up the tests."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(call()), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert found, "the call was held up"
+    return found[0]
+
+
+def test_metrics_come_with_their_checkpoints_step(training: Training, server: EvaluationServer) -> None:
+    evaluation = training.start()
+    evaluation.submit(training.save(500), 500)
+    until(lambda: server.jobs)
+    assert evaluation.poll() == []
+    server.end(JobStatus.COMPLETED, GOOD)
+    (point,) = come(evaluation)
+    assert point.fields() == {"eval/t/acc": 0.5, "global_step": 500}
+    assert evaluation.poll() == []
+    (job,) = server.jobs.values()
+    assert job.request.model_args == {"model": str(training.run / "checkpoint-500")}
+    # Results inside a checkpoint would keep it from being rotated.
+    assert job.request.output_dir is None
+
+
+def test_both_weights_are_evaluated_and_logged_apart(training: Training, server: EvaluationServer) -> None:
+    server.at_once = GOOD
+    evaluation = training.start(weights=("regular", "ema"), style="lmms_engine")
+    evaluation.submit(training.save(5), 5)
+    assert [list(point.metrics) for point in sorted(come(evaluation, 2), key=lambda p: p.weights)] == [["eval_ema/t_acc"], ["eval/t_acc"]]
+    kinds = [job.request.lmms_engine_kwargs.checkpoint_type for job in server.jobs.values() if job.request.lmms_engine_kwargs]
+    assert sorted(kinds) == ["ema", "regular"]
+
+
+# Whatever the thread of the training does inside submit and poll that is no work in memory is an audit event: files, sockets, processes.
+AUDITED = """
+import os, socket, sys, threading
+from assayer.client import AsyncEvaluation
+
+events, main, watching = [], threading.get_ident(), False
+def hook(event, args):
+    if watching and threading.get_ident() == main:
+        events.append(event)
+
+run, url = sys.argv[1:]
+config = {"server_url": url, "model": "m", "tasks": ["t"], "poll_interval": 0.01}
+evaluation = AsyncEvaluation(config, run)
+sys.addaudithook(hook)
+for step in range(200):
+    path = f"checkpoint-{step}"
+    watching = True
+    evaluation.submit(path, step)
+    evaluation.poll()
+    evaluation.out()
+    watching = False
+print(sorted(set(events) - {"_thread.start_new_thread", "_thread.start_joinable_thread"}))
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("trouble", ["none", "hang", "refused", "no host"])
+def test_submit_and_poll_open_no_file_and_no_socket(tmp_path: Path, trouble: str) -> None:
+    with EvaluationServer(at_once=GOOD) as server, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        if trouble == "hang":
+            server.hang.set()
+        urls = {"refused": f"http://127.0.0.1:{free.getsockname()[1]}", "no host": "http://nowhere.invalid:1"}
+        words = [sys.executable, "-c", AUDITED, str(tmp_path), urls.get(trouble, server.url)]
+        assert subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout == "[]\n"
+
+
+def test_a_server_that_never_answers_holds_nothing_up(training: Training, server: EvaluationServer) -> None:
+    evaluation = training.start()
+    server.hang.set()
+    evaluation.submit(training.save(1), 1)
+    until(lambda: server.requests)
+    # The thread that talks stands in the middle of a request now.
+    for step in range(2, 50):
+        returns(partial(evaluation.submit, training.run / f"checkpoint-{step}", step))
+        assert returns(evaluation.poll) == []
+    assert len(returns(evaluation.out)) == 49
+    assert returns(partial(evaluation.finish, 0.1)) == []
+
+
+@pytest.mark.parametrize("call", ["read_json", "write_json", "list_path", "lock_file"])
+def test_a_file_system_that_hangs_holds_nothing_up(
+    training: Training, server: EvaluationServer, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    from assayer.client import pending
+
+    stuck, free = threading.Event(), threading.Event()
+    real = getattr(pending, call)
+
+    def slow(*words: Any) -> Any:
+        stuck.set()
+        free.wait(60)
+        return real(*words)
+
+    monkeypatch.setattr(pending, call, slow)
+    server.at_once = GOOD
+    (training.run / "evals").mkdir()
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    until(stuck.is_set)
+    returns(partial(evaluation.submit, training.run / "checkpoint-2", 2))
+    assert returns(evaluation.poll) == []
+    assert returns(partial(evaluation.finish, 0.05)) == []
+    free.set()
+    assert [point.step for point in come(evaluation, 2)] == [1, 2]
+
+
+def test_a_pipe_in_the_files_place_is_no_trap(training: Training, server: EvaluationServer) -> None:
+    server.at_once = GOOD
+    (training.run / "evals").mkdir()
+    os.mkfifo(training.file)
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    assert len(come(evaluation)) == 1
+    assert training.file.is_file()
+
+
+def test_a_restarted_training_goes_on_collecting_and_logs_nothing_twice(training: Training, server: EvaluationServer) -> None:
+    first = training.start()
+    first.submit(training.save(1), 1)
+    first.submit(training.save(2), 2)
+    until(lambda: len(server.jobs) == 2)
+    one = next(iter(server.jobs))
+    server.jobs[one] = JobInfo.from_json({**server.jobs[one].to_json(), "status": "completed", "metrics": GOOD})
+    assert [point.step for point in come(first)] == [1]
+    first.close()
+    server.end(JobStatus.COMPLETED, GOOD)
+
+    second = training.start()
+    assert [point.step for point in second.finish(30)] == [2]
+    second.close()
+    assert training.start().finish(30) == []
+    assert server.count("POST", "/evaluate") == 2
+
+
+TRAINING = """
+import os, signal, sys, time
+from assayer.client import AsyncEvaluation
+
+run, url, end = sys.argv[1:]
+evaluation = AsyncEvaluation({"server_url": url, "model": "m", "tasks": ["t"], "poll_interval": 0.02}, run)
+evaluation.submit(os.path.join(run, "checkpoint-7"), 7)
+if end == "before":
+    while not os.path.exists(run + "/evals/pending-evaluations"):
+        time.sleep(0.001)
+elif end == "collected":
+    while '"done"' not in open(run + "/evals/pending-evaluations").read() if os.path.exists(run + "/evals/pending-evaluations") else True:
+        time.sleep(0.001)
+else:
+    while not evaluation.poll():
+        time.sleep(0.001)
+    while '"logged"' not in open(run + "/evals/pending-evaluations").read():
+        time.sleep(0.001)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("end", "left"), [("before", [7]), ("collected", [7]), ("logged", [])])
+def test_a_training_that_is_killed_loses_and_doubles_nothing(
+    training: Training, server: EvaluationServer, end: str, left: list[int]
+) -> None:
+    server.at_once = GOOD
+    training.save(7)
+    killed = subprocess.run([sys.executable, "-c", TRAINING, str(training.run), server.url, end], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert [point.step for point in training.start().finish(30)] == left
+    assert len(server.jobs) == 1
+
+
+def test_a_submission_whose_answer_is_lost_is_one_job(training: Training, server: EvaluationServer) -> None:
+    server.at_once, server.lose = GOOD, 3
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    assert len(evaluation.finish(30)) == 1
+    assert len(server.jobs) == 1
+    assert server.count("POST", "/evaluate") == 4
+
+
+def test_a_server_that_is_away_for_a_while_gets_all_of_it(training: Training, server: EvaluationServer) -> None:
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    until(lambda: server.jobs)
+    server.down()
+    evaluation.submit(training.save(2), 2)
+    assert until(lambda: [words for words in evaluation.out() if "checkpoint-2" in words and "not submitted yet" in words])
+    until(lambda: [words for words in evaluation.out() if "no answer" in words])
+    server.let_go.clear()
+    server.up()
+    until(lambda: len(server.jobs) == 2)
+    server.end(JobStatus.COMPLETED, GOOD)
+    assert [point.step for point in come(evaluation, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize("status", [401, 429, 500, 503])
+def test_a_server_in_trouble_is_asked_again(training: Training, server: EvaluationServer, status: int) -> None:
+    server.at_once, server.statuses = GOOD, [status] * 3
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    until(lambda: server.jobs)
+    server.statuses = [status] * 3
+    assert len(evaluation.finish(30)) == 1
+
+
+def test_a_submission_that_is_refused_is_told_and_not_repeated(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation = training.start()
+    server.statuses = [422]
+    evaluation.submit(training.save(1), 1)
+    assert evaluation.finish(30) == []
+    assert evaluation.out() == []
+    assert "checkpoint-1 (regular) is not evaluated: POST" in caplog.text
+    assert server.count("POST", "/evaluate") == 1
+
+
+@pytest.mark.parametrize("status", [JobStatus.FAILED, JobStatus.CANCELLED])
+def test_a_job_that_comes_to_nothing_is_told_and_waited_for_no_longer(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture, status: JobStatus
+) -> None:
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    until(lambda: server.jobs)
+    server.end(status, error="the checkpoint vanished")
+    assert evaluation.finish(30) == []
+    assert evaluation.out() == []
+    assert f"{status}: the checkpoint vanished" in caplog.text
+    evaluation.close()
+    asked = server.count("GET", "/jobs")
+    assert training.start().finish(30) == []
+    assert server.count("GET", "/jobs") == asked
+
+
+def test_a_job_that_the_server_forgot_is_submitted_again(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    until(lambda: server.jobs)
+    server.jobs.clear()
+    until(lambda: server.jobs)
+    server.end(JobStatus.COMPLETED, GOOD)
+    assert len(come(evaluation)) == 1
+    assert "submitted again" in caplog.text
+
+
+def test_a_server_that_forgets_every_job_is_not_asked_for_ever(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation = training.start()
+    server.jobs = Forgetful()
+    evaluation.submit(training.save(1), 1)
+    assert evaluation.finish(30) == []
+    assert evaluation.out() == []
+    assert "lost it 3 times before" in caplog.text
+    assert server.count("POST", "/evaluate") == 4
+
+
+class Forgetful(dict[str, JobInfo]):
+    def __setitem__(self, key: str, value: JobInfo) -> None:
+        pass
+
+
+def test_finish_waits_no_longer_than_asked_and_says_what_is_out(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    until(lambda: server.jobs)
+    server.end(JobStatus.COMPLETED, GOOD)
+    evaluation.submit(training.save(2), 2)
+    until(lambda: len(server.jobs) == 2 and "done" in training.states())
+    # What came by then is returned, although not everything did.
+    assert [point.step for point in evaluation.finish(1.0)] == [1]
+    (words,) = evaluation.out()
+    assert "1 evaluations are still out after 1 s: " + words in caplog.text
+    assert "checkpoint-2 (regular): job" in words
+    server.end(JobStatus.COMPLETED, GOOD)
+    assert [point.step for point in evaluation.finish(30)] == [2]
+
+
+def test_the_same_checkpoint_is_evaluated_twice_only_when_it_was_saved_anew(training: Training, server: EvaluationServer) -> None:
+    server.at_once = GOOD
+    evaluation = training.start()
+    for _ in range(2):
+        evaluation.submit(training.save(1), 1)
+        assert len(come(evaluation)) == 1
+        evaluation.submit(training.run / "checkpoint-1", 1)
+        assert evaluation.finish(30) == []
+    assert len(server.jobs) == 2
+
+
+def test_a_resumed_training_that_overwrites_a_checkpoint_waits_for_the_new_weights_alone(
+    training: Training, server: EvaluationServer
+) -> None:
+    first = training.start()
+    first.submit(training.save(1, "earlier"), 1)
+    until(lambda: server.jobs)
+    first.close()
+    second = training.start()
+    second.submit(training.save(1, "later on"), 1)
+    until(lambda: len(server.jobs) == 2)
+    server.end(JobStatus.COMPLETED, GOOD)
+    assert len(second.finish(30)) == 1
+    assert second.out() == []
+
+
+def test_numbers_are_read_from_the_results_files_of_a_server_that_gives_no_metrics(training: Training, server: EvaluationServer) -> None:
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    until(lambda: server.jobs)
+    results = training.run / "1_results.json"
+    server.end(JobStatus.COMPLETED, result={"m": {"results": str(results), "samples": []}})
+    asked = server.count("GET", "/jobs")
+    # The file system shows the file late.
+    until(lambda: server.count("GET", "/jobs") > asked + 1)
+    results.write_text(json.dumps({"results": {"t": {"acc,none": 0.25, "acc_stderr,none": 0.1, "alias": "t"}}}))
+    assert evaluation.finish(30)[0].metrics == {"eval/t/acc": 0.25}
+
+
+def test_a_job_without_a_number_is_told(training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture) -> None:
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    evaluation.submit(training.save(2), 2)
+    until(lambda: len(server.jobs) == 2)
+    first = next(iter(server.jobs))
+    server.jobs[first] = JobInfo.from_json({**server.jobs[first].to_json(), "status": "completed", "metrics": {"t": {"acc,none": None}}})
+    server.end(JobStatus.COMPLETED, result={"m": {"results": "/nowhere/results.json"}})
+    assert evaluation.finish(30) == []
+    assert "completed without a finite number" in caplog.text
+    assert "its results cannot be read" in caplog.text
+
+
+def test_only_the_first_rank_talks(training: Training, server: EvaluationServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for evaluation in (training.start(), training.start(rank=1)):
+        evaluation.submit(training.save(1), 1)
+        assert (evaluation.poll(), evaluation.finish(30)) == ([], [])
+    assert threading.active_count() == 2
+    server.at_once = GOOD
+    first = training.start(rank=0)
+    first.submit(training.save(1), 1)
+    assert len(first.finish(30)) == 1
+
+
+def test_a_second_training_of_the_run_waits_until_the_first_has_ended(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = training.start()
+    first.submit(training.save(1), 1)
+    until(lambda: server.jobs and "submitted" in training.states())
+    until(lambda: (training.run / "evals" / "pending-evaluations.lock").exists())
+    second = training.start()
+    second.submit(training.save(2), 2)
+    until(lambda: "another training has this file" in caplog.text)
+    assert len(server.jobs) == 1
+    first.close()
+    until(lambda: len(server.jobs) == 2)
+    server.end(JobStatus.COMPLETED, GOOD)
+    assert [point.step for point in second.finish(30)] == [1, 2]
+
+
+def test_without_a_place_for_the_file_all_goes_on_in_memory(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.at_once = GOOD
+    checkpoint = training.save(1)
+    # A file in the place of the folder: nobody can write there, root included.
+    (training.run / "evals").write_text("")
+    evaluation = training.start()
+    evaluation.submit(checkpoint, 1)
+    assert len(come(evaluation)) == 1
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_a_file_that_is_damaged_is_told(training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture) -> None:
+    server.at_once = GOOD
+    training.file.parent.mkdir()
+    training.file.write_text("{")
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    assert len(evaluation.finish(30)) == 1
+    assert "is no file of pending evaluations" in caplog.text
+
+
+@pytest.mark.parametrize(("directory", "where"), [("run", "run"), ("run/checkpoints", "run"), ("run/checkpoint", "run")])
+def test_the_file_lies_where_no_trainer_takes_it_for_a_checkpoint(
+    tmp_path: Path, server: EvaluationServer, directory: str, where: str
+) -> None:
+    (tmp_path / directory).mkdir(parents=True)
+    training = Training(tmp_path / directory, server)
+    server.at_once = GOOD
+    evaluation = training.start(name="second")
+    evaluation.submit(training.save(1), 1)
+    assert len(evaluation.finish(30)) == 1
+    evaluation.close()
+    assert sorted(os.listdir(tmp_path / where / "evals")) == ["pending-second", "pending-second.lock"]
+
+
+@pytest.mark.parametrize("more", [{"style": "other"}, {"weights": "ema"}, {"weights": ["best"]}, {"name": "a.json"}, {"name": "a/b"}])
+def test_an_argument_that_cannot_work_is_said_when_training_begins(training: Training, more: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        training.start(**more)
+
+
+def test_a_bug_of_ours_is_logged_and_the_next_evaluation_comes(
+    training: Training, server: EvaluationServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from assayer.client import courier
+
+    real = named
+    calls = iter([1])
+
+    def once_wrong(*words: Any) -> Any:
+        if next(calls, None):
+            raise KeyError("a bug")
+        return real(*words)
+
+    monkeypatch.setattr(courier, "named", once_wrong)
+    server.at_once = GOOD
+    evaluation = training.start()
+    with caplog.at_level(logging.ERROR):
+        evaluation.submit(training.save(1), 1)
+        assert len(evaluation.finish(30)) == 1
+    assert "a bug" in caplog.text
