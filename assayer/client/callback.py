@@ -122,16 +122,16 @@ def attach_to_trainer(
             if state.is_world_process_zero and is_new and schedule.takes(state.global_step, state.epoch):
                 self.submitted = (path, state.global_step)
                 evaluation.submit(path, state.global_step)
-            self.log(evaluation.poll)
+            self.write(evaluation.poll)
 
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.log(evaluation.poll)
+            self.write(evaluation.poll)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.log(lambda: evaluation.finish(finish_timeout))
+            self.write(lambda: evaluation.finish(finish_timeout))
             evaluation.close()
 
-        def log(self, take: Callable[[], list[Point]]) -> None:
+        def write(self, take: Callable[[], list[Point]]) -> None:
             if trainer.state.is_world_process_zero:
                 _log_all(take(), lambda fields, step: _log_in_trainer(trainer, self, fields, step))
 
@@ -240,17 +240,17 @@ def lightning_callback(
             schedule.begin(trainer.global_step, trainer.current_epoch)
 
         def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
-            self.log(trainer, evaluation.poll)
+            self.write(trainer, evaluation.poll)
 
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             # Before every ModelCheckpoint: Lightning keeps those for the end of its list.
             self.epochs = trainer.current_epoch + 1
 
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-            self.log(trainer, lambda: evaluation.finish(finish_timeout))
+            self.write(trainer, lambda: evaluation.finish(finish_timeout))
             evaluation.close()
 
-        def log(self, trainer: Any, take: Callable[[], list[Point]]) -> None:
+        def write(self, trainer: Any, take: Callable[[], list[Point]]) -> None:
             if trainer.is_global_zero:
                 _log_all(take(), lambda fields, step: _log_in_lightning(trainer, fields, step))
 
