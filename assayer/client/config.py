@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from assayer.errors import ProtocolError, UsageError
-from assayer.protocol import CHECKPOINT_TYPES, EvaluateRequest
+from assayer.protocol import CHECKPOINT_TYPES, EvaluateRequest, dump
 
 __all__ = ["EvalConfig"]
 
@@ -43,7 +43,9 @@ class EvalConfig:
             raise UsageError(f"eval_config: poll_interval is {self.poll_interval!r}; it must be a number of seconds above 0")
         try:
             EvaluateRequest.from_json(self.request("/checkpoint", "regular"), ("eval_config",))
-        except ProtocolError as error:
+            dump(self.request("/checkpoint", "regular"))
+        except (ProtocolError, TypeError) as error:
+            # TypeError: what is in model_args is no JSON.
             raise UsageError(f"{error}; the fields are those of the LMMs-Eval server's protocol") from None
 
     @classmethod

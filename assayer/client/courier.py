@@ -72,11 +72,18 @@ class Courier:
                 self._round()
             except Exception:
                 # Whatever it is, later evaluations are still to be carried.
-                logger.exception("the evaluations are looked after again in %.0f s", self._patience.most)
+                logger.exception("the evaluations are looked after again in %g s", self._patience.most)
                 self._due[""] = time.monotonic() + self._patience.most
             self._mailbox.wake.wait(self._seconds_until_due())
-        self._sort_mail()
-        self._save()
+        self._leave()
+
+    def _leave(self) -> None:
+        """What is in the mailbox is remembered, unless the file is another training's still."""
+        if self._is_loaded:
+            self._sort_mail()
+            self._save()
+        elif orders := self._mailbox.take_orders()[0]:
+            logger.warning("not submitted, and not remembered: %s", ", ".join(order.checkpoint for order in orders))
         self._file.unlock()
 
     def _seconds_until_due(self) -> float:
@@ -97,20 +104,28 @@ class Courier:
                 return
             job = self._jobs.get(key)
             if job and self._due.get(key, 0.0) <= now:
-                self._carry(job)
+                try:
+                    self._carry(job)
+                except Exception:
+                    # The others are not to wait for this one's sake.
+                    logger.exception("%s (%s) is looked after again in %g s", job.checkpoint, job.weights, self._patience.most)
+                    self._due[key] = now + self._patience.most
                 self._sort_mail()
                 self._save()
 
     def _load(self) -> bool:
-        """Reads what an earlier training left; False while that one still has the file."""
+        """Reads what an earlier training left; False while that one still has the file, or it cannot be read, for a while."""
+        is_late = time.monotonic() - self._began >= self._patience.lock
+        jobs: list[Job] = []
         try:
-            if not self._file.try_lock() and time.monotonic() - self._began < self._patience.lock:
+            if not self._file.try_lock() and not is_late:
                 self._say_of_file(f"{self._file.path}: another training has this file of pending evaluations; waiting for it to end")
                 return False
             jobs = self._file.read()
         except OSError as error:
-            self._say_of_file(f"{self._file.path} cannot be read ({error.strerror}); what an earlier training left is not collected")
-            jobs = []
+            self._say_of_file(f"{self._file.path} cannot be read ({error.strerror}), and with it what an earlier training left")
+            if not is_late:
+                return False
         self._jobs = {job.key: job for job in jobs}
         self._is_loaded = True
         self._mailbox.loaded({job.key: _words(job) for job in jobs if job.is_out})

@@ -71,7 +71,7 @@ class PendingFile:
         Raises:
             OSError: the folder cannot be written.
         """
-        if self._lock is not None or not self.path.parent.exists():
+        if self._lock is not None or not self.path.parent.is_dir():
             return True
         path = self.path.with_name(self.path.name + ".lock")
         descriptor = lock_file(path)

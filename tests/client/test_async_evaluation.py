@@ -21,6 +21,7 @@ from assayer.client import AsyncEvaluation, Point
 from assayer.client.courier import Patience
 from assayer.client.names import named
 from assayer.errors import UsageError
+from assayer.files import read_json
 from assayer.protocol import JobInfo, JobStatus
 
 QUICK = Patience(first=0.01, most=0.05)
@@ -429,6 +430,29 @@ def test_only_the_first_rank_talks(training: Training, server: EvaluationServer,
     assert len(first.finish(30)) == 1
 
 
+RANK = """
+import sys, torch.distributed as dist
+from assayer.client import AsyncEvaluation
+
+run, url, rank = sys.argv[1:]
+evaluation = AsyncEvaluation({"server_url": url, "model": "m", "tasks": ["t"], "poll_interval": 0.02}, run)
+dist.init_process_group("gloo", init_method=f"file://{run}/rendezvous", rank=int(rank), world_size=2)
+evaluation.submit(f"{run}/checkpoint-1", 1)
+print(rank, [point.step for point in evaluation.finish(60)])
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_of_a_process_group_only_the_first_rank_talks(training: Training, server: EvaluationServer) -> None:
+    server.at_once = GOOD
+    words = [sys.executable, "-c", RANK, str(training.run), server.url]
+    ranks = [subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    assert [rank.communicate(timeout=100)[0] for rank in ranks] == ["0 [1]\n", "1 []\n"]
+    assert len(server.jobs) == 1
+
+
 def test_a_second_training_of_the_run_waits_until_the_first_has_ended(
     training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -444,6 +468,43 @@ def test_a_second_training_of_the_run_waits_until_the_first_has_ended(
     until(lambda: len(server.jobs) == 2)
     server.end(JobStatus.COMPLETED, GOOD)
     assert [point.step for point in second.finish(30)] == [1, 2]
+
+
+def test_a_training_that_ends_while_another_has_the_file_leaves_it_alone(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = training.start()
+    first.submit(training.save(1), 1)
+    until(lambda: (training.run / "evals" / "pending-evaluations.lock").exists() and "submitted" in training.states())
+    second = training.start()
+    second.submit(training.save(2), 2)
+    until(lambda: "another training has this file" in caplog.text)
+    second.close(30)
+    assert len(training.states()) == 1
+    assert f"not submitted, and not remembered: {training.run / 'checkpoint-2'}" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_written_over(
+    training: Training, server: EvaluationServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from assayer.client import pending
+
+    first = training.start()
+    first.submit(training.save(1), 1)
+    until(lambda: "submitted" in training.states())
+    first.close(30)
+    real = read_json
+    failures = iter(range(2))
+
+    def failing(path: Path) -> Any:
+        if next(failures, None) is not None:
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(pending, "read_json", failing)
+    server.end(JobStatus.COMPLETED, GOOD)
+    assert [point.step for point in training.start().finish(30)] == [1]
+    assert "cannot be read (Input/output error)" in caplog.text
 
 
 def test_without_a_place_for_the_file_all_goes_on_in_memory(
@@ -489,23 +550,25 @@ def test_an_argument_that_cannot_work_is_said_when_training_begins(training: Tra
         training.start(**more)
 
 
-def test_a_bug_of_ours_is_logged_and_the_next_evaluation_comes(
+def test_a_bug_of_ours_over_one_evaluation_is_logged_and_the_next_one_comes(
     training: Training, server: EvaluationServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from assayer.client import courier
 
     real = named
-    calls = iter([1])
 
-    def once_wrong(*words: Any) -> Any:
-        if next(calls, None):
+    def wrong(metrics: Any, *words: Any) -> Any:
+        if "poison" in metrics:
             raise KeyError("a bug")
-        return real(*words)
+        return real(metrics, *words)
 
-    monkeypatch.setattr(courier, "named", once_wrong)
-    server.at_once = GOOD
+    monkeypatch.setattr(courier, "named", wrong)
+    server.at_once = {"poison": 1.0}
     evaluation = training.start()
     with caplog.at_level(logging.ERROR):
         evaluation.submit(training.save(1), 1)
-        assert len(evaluation.finish(30)) == 1
-    assert "a bug" in caplog.text
+        until(lambda: "a bug" in caplog.text)
+        server.at_once = GOOD
+        evaluation.submit(training.save(2), 2)
+        assert [point.step for point in come(evaluation)] == [2]
+    assert len(evaluation.out()) == 1

@@ -72,6 +72,8 @@ def test_unknown_keys_of_the_yaml_are_named(caplog: pytest.LogCaptureFixture) ->
         ({"model": None}, "'model' and 'tasks' are required"),
         ({"tasks": "mmmu_val"}, r"eval_config\.tasks: Input should be a valid list"),
         ({"model_args": [1]}, r"eval_config\.model_args: Input should be a valid dictionary"),
+        ({"model_args": {"dtype": object()}}, "not JSON serializable"),
+        ({"model_args": {"x": float("nan")}}, r"eval_config\.model_args\.x: Input should be a finite number"),
         ({"num_fewshot": "few"}, r"eval_config\.num_fewshot: Input should be a valid integer"),
         ({"poll_interval": 0}, "poll_interval is 0"),
     ],
