@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import until
-from evaluation_server import EvaluationServer
+from protocol_server import EvaluationServer
 
 from assayer.client import AsyncEvaluation, Point
 from assayer.client.courier import Patience

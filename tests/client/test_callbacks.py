@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import until
-from evaluation_server import EvaluationServer
+from protocol_server import EvaluationServer
 
 from assayer.client import AsyncEvaluation
 from assayer.client.callback import attach_to_trainer, from_trainer_args, lightning_callback, step_end, train_end

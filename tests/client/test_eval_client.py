@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from evaluation_server import EvaluationServer
+from protocol_server import EvaluationServer
 
 from assayer.client import EvalClient, ServerError
 from assayer.errors import UsageError
@@ -146,6 +146,14 @@ def test_the_token_is_sent_and_not_carried_to_where_a_redirection_leads(monkeypa
         with pytest.raises(ServerError, match="307"):
             EvalClient(server.url).health()
         assert "secret" not in repr(EvalClient(server.url))
+
+
+def test_a_server_on_this_machine_is_not_looked_for_behind_a_proxy(server: EvaluationServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert EvalClient(server.url).is_healthy()
+    with pytest.raises(ServerError, match="refused"):
+        EvalClient("http://nowhere.invalid").health()
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://"])
