@@ -44,7 +44,7 @@ class AsyncEvaluation:
         weights: which weights of each checkpoint: ``("regular",)``, or ``("regular", "ema")``, logged as ``eval/...`` and ``eval_ema/...``.
         style: ``slash`` (``eval/<task>/<metric>``), or ``lmms_engine`` (``eval/<task>_<metric>``).
         name: another one for a second evaluation of the same run.
-        timeout: seconds for one request, for so long at most is a new checkpoint not remembered while another request hangs.
+        timeout: seconds for one request.
         rank: 0 for the one process that talks, in all others nothing happens; default: torch.distributed's where it is initialized, else
             the environment's ``RANK``, asked at each call.
         patience: see ``courier.Patience``.
@@ -59,7 +59,7 @@ class AsyncEvaluation:
         weights: Sequence[str] = ("regular",),
         style: str = "slash",
         name: str = "evaluations",
-        timeout: float = 10.0,
+        timeout: float = 30.0,
         rank: int | None = None,
         patience: Patience | None = None,
     ) -> None:

@@ -1,11 +1,12 @@
-"""The daemon thread that does all talking to the server and all file work, so that a training never waits for either."""
+"""The daemon thread that does all file work, and has all talking done, so that a training never waits for either."""
 
 import json
 import logging
 import random
+import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,10 @@ class Patience:
     def after(self, failures: int) -> float:
         """The wait after so many failures in a row, a little by chance, so that many trainings do not come at one time."""
         return min(self.most, self.first * 2.0 ** min(failures - 1, 30)) * random.uniform(0.75, 1.0)
+
+
+class _ClosedError(Exception):
+    """The mailbox was closed while an answer was waited for."""
 
 
 class Courier:
@@ -194,7 +199,13 @@ class Courier:
         try:
             changed = self._submit(job) if job.state == "new" else self._ask(job)
         except ServerError as error:
-            self._failed(job, error)
+            if self._jobs.get(job.key) == job:
+                self._failed(job, error)
+            return
+        except _ClosedError:
+            return
+        if self._jobs.get(job.key) != job:
+            # Its checkpoint was saved anew while the server thought about it.
             return
         self._failures.pop("", None)
         self._failures.pop(job.key, None)
@@ -209,6 +220,34 @@ class Courier:
         else:
             logger.warning("%s (%s) has no metrics: %s", job.checkpoint, job.weights, changed.note)
             self._mailbox.settle(job.key, None)
+
+    def _talk(self, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The answer to a request, which is made in a thread of its own: while it hangs, new orders are remembered all the same.
+
+        Raises:
+            ServerError: the request came to nothing.
+            _ClosedError: the training ended meanwhile.
+        """
+        answers: list[dict[str, Any] | Exception] = []
+
+        def ask() -> None:
+            try:
+                answers.append(call())
+            except Exception as error:
+                answers.append(error)
+            self._mailbox.wake.set()
+
+        threading.Thread(target=ask, name="assayer-request", daemon=True).start()
+        while not answers:
+            self._mailbox.wake.wait()
+            self._mailbox.wake.clear()
+            if self._mailbox.is_closed:
+                raise _ClosedError
+            self._sort_mail()
+            self._save()
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        return answers[0]
 
     def _failed(self, job: Job, error: ServerError) -> None:
         """Nobody answers: all wait. This request alone is not answered well: it waits. It is refused for what it says: it has ended."""
@@ -229,7 +268,8 @@ class Courier:
         self._mailbox.tell(job.key, f"{_words(job)} ({error})")
 
     def _submit(self, job: Job) -> Job:
-        answer = self._client.post_evaluate(self._config.request(job.checkpoint, job.weights), job.sent_as)
+        body = self._config.request(job.checkpoint, job.weights)
+        answer = self._talk(lambda: self._client.post_evaluate(body, job.sent_as))
         job_id = answer.get("job_id")
         if not isinstance(job_id, str):
             raise ServerError(f"{self._client.base_url} answered a submission without a job_id", 502)
@@ -240,7 +280,7 @@ class Courier:
 
     def _ask(self, job: Job) -> Job:
         try:
-            answer = self._client.get_job(job.job_id or "")
+            answer = self._talk(lambda: self._client.get_job(job.job_id or ""))
         except ServerError as error:
             if error.status == 404 and "not found" in str(error):
                 return self._forgotten(job)

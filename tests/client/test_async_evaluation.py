@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -163,6 +164,8 @@ def test_a_server_that_never_answers_holds_nothing_up(training: Training, server
         returns(partial(evaluation.submit, training.run / f"checkpoint-{step}", step))
         assert returns(evaluation.poll) == []
     assert len(returns(evaluation.out)) == 49
+    # Remembered all the same, should the training be killed now.
+    until(lambda: training.states() == ["new"] * 49)
     assert returns(partial(evaluation.finish, 0.1)) == []
 
 
@@ -390,6 +393,45 @@ def test_a_resumed_training_that_overwrites_a_checkpoint_waits_for_the_new_weigh
     server.end(JobStatus.COMPLETED, GOOD)
     assert len(second.finish(30)) == 1
     assert second.out() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_whatever_the_server_does_every_point_comes_once(training: Training, server: EvaluationServer, seed: int) -> None:
+    chance = random.Random(seed)
+    patience = Patience(first=0.01, most=0.1, forgotten=1000)
+    evaluation = training.start(patience=patience, timeout=0.3, rank=0)
+    steps: list[int] = []
+    for step in range(1, 151):
+        evaluation.submit(training.save(step), step)
+        trouble = chance.random()
+        if trouble < 0.1:
+            server.lose = chance.randint(1, 3)
+        elif trouble < 0.2:
+            server.statuses = [chance.choice([401, 429, 500, 503])] * chance.randint(1, 4)
+        elif trouble < 0.3:
+            server.jobs.clear()
+        elif trouble < 0.4:
+            server.hang.set()
+            server.let_go.wait(chance.uniform(0, 0.5))
+            server.hang.clear()
+        elif trouble < 0.5:
+            server.down()
+            server.let_go.clear()
+            server.up()
+        elif trouble < 0.55:
+            # The training is restarted.
+            steps += [point.step for point in evaluation.poll()]
+            evaluation.close(30)
+            evaluation = training.start(patience=patience, timeout=0.3, rank=0)
+        else:
+            server.end(JobStatus.COMPLETED, GOOD)
+        steps += [point.step for point in evaluation.poll()]
+    server.at_once = GOOD
+    server.end(JobStatus.COMPLETED, GOOD)
+    steps += [point.step for point in evaluation.finish(60)]
+    assert sorted(steps) == list(range(1, 151))
+    assert evaluation.out() == []
 
 
 def test_numbers_are_read_from_the_results_files_of_a_server_that_gives_no_metrics(training: Training, server: EvaluationServer) -> None:
