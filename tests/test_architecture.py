@@ -105,6 +105,8 @@ def test_no_job_function_lives_in_a_module_that_is_run() -> None:
         *(
             (name, ["torch", "redis", "rq", "wandb", "mlflow", "tensorboard"])
             for name in ("assayer.trackers", "assayer.tracking", "assayer.results.command")
+        ),
+        *(
             (name, ["torch", "redis", "rq", "click", "rich", "numpy", "safetensors", "transformers", "lightning", "pydantic"])
             for name in ("assayer.protocol", "assayer.client", "assayer.client.callback")
         ),
