@@ -144,6 +144,8 @@ class Plan:
     latest_only: bool = False
     timeout: int = 86400
     retries: int = 2
+    # The trackers that get a point for each record, as assayer.tracking writes them.
+    track: list[dict[str, Any]] = field(default_factory=list)
     # What starts several processes for one evaluation (torchrun, accelerate; None: there is one), and how many where no GPUs tell.
     launcher: str | None = None
     gpus_per_eval: int = 1

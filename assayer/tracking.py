@@ -31,7 +31,7 @@ from assayer.points import Curve, Point, point_of, why_none
 from assayer.refs import PACKAGE_PARENT, Reference
 from assayer.trackers import Tracker, all_trackers
 
-__all__ = ["NAMES", "Outcome", "Target", "check", "parse", "publish", "publish_record"]
+__all__ = ["NAMES", "Outcome", "Target", "check", "parse", "publish", "publish_record", "publish_records"]
 
 # How metrics are named: by themselves, or with their evaluator.
 NAMES = ("metric", "evaluator")
@@ -250,8 +250,16 @@ def _give(points: Sequence[Point], target: Target, curve: Curve) -> list[str]:
 
 
 def publish_record(path: Path, targets: Sequence[Target], timeout: float = RECORD_TIMEOUT) -> list[str]:
-    """Publishes one record to each target, and returns a sentence for whatever did not go well; raises nothing. Of a record whose status is
-    not finished there is nothing to publish or to say.
+    """As ``publish_records``, for one record. Of one whose status is not finished there is nothing to publish or to say."""
+    with contextlib.suppress(OSError):
+        found = records.read(path)
+        if found and found.status != "finished":
+            return []
+    return publish_records([path], targets, timeout)
+
+
+def publish_records(paths: Sequence[Path], targets: Sequence[Target], timeout: float | None = None) -> list[str]:
+    """Publishes records to each target, and returns a sentence for whatever did not go well; raises nothing.
 
     Each target has a child process of its own, so that the caller imports no library, inherits no thread, and waits no longer than the
     timeout: then the children are ended, and what they were at is doubtful until the next publication. Any number of processes on any
@@ -259,21 +267,19 @@ def publish_record(path: Path, targets: Sequence[Target], timeout: float = RECOR
     signals, and end by themselves soon after the timeout when the caller is gone.
 
     Args:
-        path: the record's file.
+        paths: the records' files; those that give no point are passed over, and only said of one alone.
         targets: as ``check`` gives them.
-        timeout: seconds, for all targets together.
+        timeout: seconds, for all targets together; None: ``RECORD_TIMEOUT``, and a second more for each record.
     """
+    timeout = RECORD_TIMEOUT + len(paths) if timeout is None else timeout
     deadline = time.monotonic() + timeout
     notes: list[str] = []
-    with contextlib.suppress(OSError):
-        found = records.read(path)
-        if found and found.status != "finished":
-            return []
     asked: list[tuple[str, _Child]] = []
     for target in targets:
         text = str(target)
         try:
-            asked.append((text, _Child({"publish": target.to_json(), "record": str(path), "timeout": timeout}, timeout)))
+            question = {"publish": target.to_json(), "records": [str(path) for path in paths], "timeout": timeout}
+            asked.append((text, _Child(question, timeout)))
         except OSError as error:
             notes.append(f"{printable(text)}: cannot be asked: {error.strerror}")
     for text, child in asked:
@@ -342,8 +348,10 @@ def _answer(question: Mapping[str, Any]) -> list[str]:
             return [f"it must take one argument, the list of points: {error}"]
         except BaseException as error:  # SystemExit at import is the user's mistake like any other
             return [f"its import raised {type(error).__name__}: {error}"]
-    outcome = publish([Path(question["record"])], Target.from_json(question["publish"]), lock_timeout=question["timeout"])
-    return [*outcome.errors, *outcome.notes, *(f"{printable(question['record'])} gives no point: {reason}" for reason in outcome.without)]
+    paths = [Path(path) for path in question["records"]]
+    outcome = publish(paths, Target.from_json(question["publish"]), lock_timeout=question["timeout"])
+    without = [f"{printable(str(paths[0]))} gives no point: {reason}" for reason in outcome.without] if len(paths) == 1 else []
+    return [*outcome.errors, *outcome.notes, *without]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from assayer import cli, refs
+from assayer import cli, refs, tracking
 from assayer.containers import VARIANTS
 from assayer.errors import EvaluatorError, StateError, UsageError
 from assayer.evaluator_flags import ARGUMENT_HELP, EVALUATOR_HELP, parse_evaluators
@@ -138,6 +138,14 @@ LISTING_TIMEOUT = 120
 )
 @click.option("--results_dir", metavar="DIR", help="Where results go.  [default: evals/ beside the checkpoints]")
 @click.option("--forget", is_flag=True, help="Drop what earlier watches of these directories took for existing.")
+@click.option(
+    "--track",
+    "tracks",
+    multiple=True,
+    metavar="TRACKER",
+    help="Where each record becomes a point at its checkpoint's step: tensorboard[:logdir], wandb:project=..., mlflow:uri=..., "
+    "or my.py:function. Repeatable.",
+)
 @click.option("--retry_failed", is_flag=True, help="Evaluate the checkpoints again whose evaluation failed.")
 @click.option("--reevaluate", is_flag=True, help="Evaluate the checkpoints again that have a record.")
 @click.option("--wait_for_directory", is_flag=True, help="Accept a directory that does not exist yet.")
@@ -168,6 +176,7 @@ LISTING_TIMEOUT = 120
 @cli.redis_options
 def main(
     directories: tuple[str, ...],
+    tracks: tuple[str, ...],
     evaluators: tuple[str, ...],
     arguments: tuple[str, ...],
     num_eval_workers: int | None,
@@ -194,6 +203,7 @@ def main(
         if warning:
             errors.print(f"assayer: warning: {printable(warning)}", markup=False)
     common = _common(flags, cwd, now) | {"redis": chosen.name, "host": host_name(), "given": now, "detached": detach}
+    common["track"] = [tracking.check(text, cwd)[0].to_json() for text in tracks]
     variants = VARIANTS if flags["weights"] == "both" else (str(flags["weights"]),)
     merging = {e.name: _merging(flags, e, cwd) for e in wanted}
     plans = [

@@ -21,11 +21,14 @@ class Sights:
         self._settled: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in SETTLED_MAX}
         self._left_out = 0
         self._is_read = False
+        # What has come to metrics since the look before.
+        self.finished: list[str] = []
 
     def publish(self, board: Board, plan_id: str, states: dict[str, dict[str, Any]], look: Look) -> bool:
         """Brings the board up to date; True when a checkpoint has come, gone or changed its state."""
         if look.is_anew or not self._is_read:
             self._read(board, plan_id)
+        self.finished = []
         if not states and not self.active:
             return False
         before = {**self.active, **{path: sight for kept in self._settled.values() for path, sight in kept.items()}}
@@ -47,6 +50,7 @@ class Sights:
         now = {**self.active, **{path: sight for kept in self._settled.values() for path, sight in kept.items()}}
         changed = {path: sight for path, sight in now.items() if before.get(path) != sight}
         gone = [path for path in lost if path in before]
+        self.finished = [path for path, sight in changed.items() if sight["state"] == "finished" and _is_new(sight, before.get(path))]
         board.publish(plan_id, changed, gone, self._left_out)
         return bool(gone) or any(before.get(path, {}).get("state") != sight["state"] for path, sight in changed.items())
 
@@ -58,6 +62,10 @@ class Sights:
                 self.active[path] = sight
             else:
                 self._settled[_kind(sight)][path] = sight
+
+
+def _is_new(sight: dict[str, Any], before: dict[str, Any] | None) -> bool:
+    return before is None or before["state"] != "finished" or before.get("ended") != sight.get("ended")
 
 
 def _kind(sight: dict[str, Any]) -> str:

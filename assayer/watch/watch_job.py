@@ -22,6 +22,7 @@ from assayer.record import Place
 from assayer.watch.diff import Decision
 from assayer.watch.known import Known
 from assayer.watch.look import Look, Lookout
+from assayer.watch.publishing import Publisher
 from assayer.watch.sights import Sights
 
 __all__ = ["task_of", "tick"]
@@ -46,6 +47,7 @@ _lookout = Lookout()
 _known: dict[str, Known] = {}
 _generations: dict[str, int] = {}
 _sights: dict[tuple[str, str], Sights] = {}
+_publisher = Publisher()
 
 
 def tick(queue: str, generation: int) -> None:
@@ -123,13 +125,14 @@ def _serve(board: Board, plan: Plan, look: Look, guards: dict[str, str | None], 
         if not board.has(plan.id):
             return Note(plan.id, next=now)
     changed = sights.publish(board, plan.id, states, look)
-    waits = any(sight["state"] == "queued" for sight in states.values())
+    _publisher.keep_up(plan, sights.finished)
+    waits = any(sight["state"] == "queued" for sight in states.values()) or _publisher.is_busy(plan)
     # A directory that is away is waited for; with --once, what cannot be seen is not there.
     waits = waits or (look.missing and (not plan.once or _any_in_flight(board, sights)))
     if look.final and not waits and not _still_moving(plan, look):
         _end(board, plan)
         return Note(plan.id, next=now)
-    problems = [*look.problems, *([look.notice] if look.notice else [])]
+    problems = [*look.problems, *(text for text in (look.notice, _publisher.problem(plan)) if text)]
     active_at = look.began if changed or waits else None
     return Note(plan.id, next=now + plan.polling_interval, last=look.began, active_at=active_at, problem="; ".join(problems))
 
