@@ -36,9 +36,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_built_in_evaluator_is_imported_once_while_the_worker_goes_on_to_say_that_it_lives(calls: list[str], tmp_path: Path) -> None:
     evaluator = {"reference": asdict(refs.parse("loss", tmp_path))}
     beats: list[int] = []
+    before = threading.active_count()
     warming.warm(evaluator, lambda: beats.append(1))
     assert len(beats) > 1
-    assert threading.active_count() == 1
+    assert threading.active_count() == before
     # It failed; the evaluation itself will say so, and the next job is not kept waiting by it.
     warming.warm(evaluator, lambda: beats.append(1))
     assert len(calls) == 1
