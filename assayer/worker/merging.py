@@ -1,5 +1,6 @@
 """A sharded checkpoint on its way to the evaluator: merged into the scratch directory, in a process of its own."""
 
+import contextlib
 import os
 import sys
 from importlib.util import find_spec
@@ -115,4 +116,7 @@ def _check_files(task: Task, checkpoint: Checkpoint) -> None:
     module = refs.builtin_module(task.evaluator.reference)
     if module is not None:
         around = companions(checkpoint, task.merging.hf_config, task.merging.tokenizer, task.checkpoint)
+        # Relative paths in its arguments mean what they meant where the command was given, as they will when it evaluates.
+        with contextlib.suppress(OSError):
+            os.chdir(task.evaluator.reference.cwd)
         module.check_files(around.files, task.evaluator.arguments)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import House, until
+from conftest import REPOSITORY, House, until
 
 EVALUATOR = """
 import os
@@ -118,6 +118,17 @@ def test_what_holds_no_ema_weights_is_skipped_and_that_is_said(house: House, eva
     done = house.once("--weights", "ema", evaluator=f"{evaluator}:other")
     assert "holds no EMA weights" in done.stdout
     assert house.records() == {}
+
+
+def test_what_a_built_in_evaluator_is_given_is_looked_up_where_the_command_was_given(house: House) -> None:
+    save_sharded(house.runs / "step_1")
+    (house.runs / "config.json").write_text("{}")
+    house.file("mine/held_out.txt", "some text")
+    house.once("-E", "data=held_out.txt", evaluator="loss", cwd=house.root / "mine", env={"PYTHONPATH": str(REPOSITORY)}, check=False)
+    record = house.record("step_1", "loss")
+    assert record
+    # The text was found, so that it is known to need a tokenizer.
+    assert record["error"]["message"].startswith("there is no tokenizer in the checkpoint or its run's directory")
 
 
 def test_with_merge_never_the_evaluator_reads_the_shards_itself(house: House, evaluator: str) -> None:
