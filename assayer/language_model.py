@@ -8,6 +8,7 @@ the model is an error. torch and transformers (4.46 and later) are imported when
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
 import re
 import tempfile
@@ -25,6 +26,7 @@ __all__ = [
     "CONFIG",
     "DTYPES",
     "check_dtype",
+    "config_digest",
     "fingerprint",
     "has_tokenizer",
     "load",
@@ -231,6 +233,15 @@ def fingerprint(model: "torch.nn.Module") -> str:
 
     found = {name: tensor.detach() for name, tensor in sorted(model.state_dict().items()) if isinstance(tensor, torch.Tensor)}
     return digest(*(part for name, tensor in found.items() for part in (f"{name} {tuple(tensor.shape)} {tensor.dtype}", _sample(tensor))))
+
+
+def config_digest(model: "torch.nn.Module") -> str:
+    """A digest of the config that a model was made with, without the place where it lay; of one that has none, of its class's name."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return digest(type(model).__qualname__)
+    told = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    return digest(json.dumps(told, sort_keys=True, default=str))
 
 
 def _sample(tensor: "torch.Tensor") -> bytes:

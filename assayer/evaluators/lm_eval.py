@@ -17,7 +17,7 @@ from assayer.errors import EvaluatorError
 from assayer.files import printable
 from assayer.harness.answers import Answers, requests_of
 from assayer.harness.index import default_index
-from assayer.harness.model import check_model, describe, load_model
+from assayer.harness.model import check_model, describe, load_model, mark_of
 from assayer.harness.ranks import Ranks, ranks
 from assayer.harness.requests import build
 from assayer.harness.results import facts_of, metrics_of, write_samples
@@ -161,7 +161,9 @@ def _evaluate(
 ) -> dict[str, float]:
     place = language_model.tokenizer_place(path, original_path, _given_tokenizer(settings))
     model = load_model(settings, path, place)
-    details |= {"model": settings.model, **describe(model)}
+    facts = describe(model)
+    details |= {"model": settings.model, **facts}
+    mark = mark_of(model, facts)
     _seed()
     loaded = load_tasks(settings, place)
     if group.rank > 0:
@@ -171,7 +173,7 @@ def _evaluate(
     if group.rank == 0:
         group.wait()
     asked = requests_of(loaded["tasks"])
-    answers = Answers(model, asked, progress, group)
+    answers = Answers(model, asked, progress, group, mark)
     if group.rank > 0:
         for kind, requests in asked.items():
             getattr(answers, kind)(requests)

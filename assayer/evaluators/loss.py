@@ -94,8 +94,9 @@ def evaluate(
     _check_tokens(tokens, batches, count, model, data)
     mark = digest(source.digest(), tokens.digest())
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    fingerprint = language_model.fingerprint(model)
     told = {
-        "fingerprint": language_model.fingerprint(model),
+        "fingerprint": fingerprint,
         "parameters": parameters,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "data": mark,
@@ -108,7 +109,9 @@ def evaluate(
 
     state = {"loss": 0.0, "tokens": 0, "bytes": 0}
     every = _every(parameters, batch_size * length, next(model.parameters()).device.type)
-    _accumulate(model, tokens, batches, count, state, progress, every, mark)
+    # The identity of a checkpoint says nothing of its config, nor of how it was merged.
+    what = digest(mark, fingerprint, language_model.config_digest(model), str(length))
+    _accumulate(model, tokens, batches, count, state, progress, every, what)
     sums = summed(state)
     if details is not None:
         details |= told | {"tokens": int(sums["tokens"])}
@@ -176,11 +179,11 @@ def _accumulate(
     state: dict[str, float],
     progress: "Progress | None",
     every: int,
-    mark: str,
+    what: str,
 ) -> None:
     """Adds this rank's batches to ``state``; those that an earlier attempt has saved are in it already.
 
-    ``mark`` names the data: another file under the same name starts over.
+    ``what`` names the model and the data: another file or config under the same name starts over.
     """
     import torch
 
@@ -190,7 +193,7 @@ def _accumulate(
     # A cache of keys and values is of no use here, and is as large as many models.
     config: Any = model.config
     config.use_cache = False
-    numbers: Iterable[int] = own if progress is None else progress.items(own, state, every, name=f"batches of {mark}")
+    numbers: Iterable[int] = own if progress is None else progress.items(own, state, every, name=f"batches of {what}")
     with torch.inference_mode():
         for number in numbers:
             start, windows, width = batches.span(number)

@@ -53,17 +53,18 @@ class Answers:
         requests: all that will be asked, by kind.
         progress: the evaluation's progress, or None.
         ranks: the processes that share the work; only rank 0 gets all answers.
+        mark: names the model as loaded; answers that one with another mark gave are not taken.
     """
 
     # For lm-eval each process is alone: which chunks it answers is decided here.
     rank, world_size = 0, 1
 
-    def __init__(self, model: Any, requests: dict[str, list[Any]], progress: "Progress | None", ranks: Ranks) -> None:
+    def __init__(self, model: Any, requests: dict[str, list[Any]], progress: "Progress | None", ranks: Ranks, mark: str = "") -> None:
         self._model, self._progress, self._ranks = model, progress, ranks
         self._automatic = str(getattr(model, "batch_size", "")).startswith("auto") and hasattr(model, "_detect_batch_size")
         self._chunks = {kind: chunks_of(kind, asked, self._size(kind), self._length()) for kind, asked in requests.items()}
         self._total = sum(len(chunk) for kind in requests for chunk in self._own(kind))
-        self._saved = _Saved(progress, _key(requests, self._chunks))
+        self._saved = _Saved(progress, digest(mark, _key(requests, self._chunks)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -165,7 +166,7 @@ class _Saved:
             self.answers = {kind: _unpack(kind, packed) for kind, packed in state["answers"].items()}
             self.batch_sizes = dict(state["batch_sizes"])
         elif state is not None:
-            logger.warning("the requests are not those that were saved: their answers start over")
+            logger.warning("the requests, or the model's config, are not those that were saved: their answers start over")
 
     def is_due(self) -> bool:
         """True when the last save was some time ago."""

@@ -3,15 +3,15 @@
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from assayer import language_model
 from assayer.errors import EvaluatorError
-from assayer.files import printable
+from assayer.files import digest, printable
 from assayer.harness.settings import Settings, nearest
 
-__all__ = ["check_model", "describe", "load_model", "single_process"]
+__all__ = ["check_model", "describe", "load_model", "mark_of", "single_process"]
 
 _BATCH_SIZE = 8
 # What a launcher tells each process of its group; lm-eval and accelerate would form a group of their own from it.
@@ -64,6 +64,16 @@ def describe(lm: Any) -> dict[str, Any]:
     if not isinstance(model, torch.nn.Module):
         return {}
     return {"fingerprint": language_model.fingerprint(model), "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def mark_of(lm: Any, facts: Mapping[str, Any]) -> str:
+    """What answers depend on beside the checkpoint's identity and the arguments: its config, and how it was merged.
+
+    Args:
+        lm: lm-eval's model.
+        facts: what ``describe`` has told of it.
+    """
+    return digest(language_model.config_digest(lm.model), facts["fingerprint"]) if "fingerprint" in facts else ""
 
 
 @contextlib.contextmanager

@@ -236,6 +236,19 @@ def test_when_the_requests_are_others_nothing_old_is_taken(server: Server, tmp_p
     assert found["metrics"] == server.run(arguments=server.arguments(tasks="animals"))["metrics"]
 
 
+def test_when_the_config_is_another_nothing_old_is_taken(server: Server, tmp_path: Path) -> None:
+    folder, model = str(tmp_path / "progress"), server.copy_of_model("other config")
+    right = (model / "config.json").read_text()
+    (model / "config.json").write_text(json.dumps(json.loads(right) | {"rms_norm_eps": 1.0}))
+    arguments = server.arguments(tasks="prose", batch_size=1)
+    assert server.run(path=str(model), arguments=arguments, progress=folder, kill_at=9) == signal.SIGKILL
+    (model / "config.json").write_text(right)
+
+    found = server.run(path=str(model), arguments=arguments, progress=folder)
+
+    assert found["metrics"] == server.run(arguments=arguments)["metrics"]
+
+
 # --- several processes ---
 
 

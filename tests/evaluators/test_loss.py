@@ -433,6 +433,20 @@ def test_other_data_under_the_same_name_start_over(llama: Path, tokens: Path, tm
     assert again == loss.evaluate(str(llama), data=str(tmp_path / "a.npy"))
 
 
+def test_another_config_under_the_same_name_starts_over(llama: Path, tokens: Path, tmp_path: Path) -> None:
+    # given: an evaluation that was saved at its end, by a config that was then found to be wrong.
+    binding = Binding("identity", "regular", "loss", None, {}, 1)
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    right = (model / "config.json").read_text()
+    (model / "config.json").write_text(json.dumps(json.loads(right) | {"rms_norm_eps": 1.0}))
+    wrong = loss.evaluate(str(model), data=str(tokens), steps=2, progress=Progress(tmp_path / "progress", binding))
+    (model / "config.json").write_text(right)
+
+    again = loss.evaluate(str(model), data=str(tokens), steps=2, progress=Progress(tmp_path / "progress", binding))
+
+    assert again == loss.evaluate(str(llama), data=str(tokens), steps=2) != wrong
+
+
 @pytest.mark.slow
 def test_two_processes_of_torchrun_come_to_what_one_does(llama: Path, tokens: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
