@@ -32,6 +32,8 @@ _OWN_BATCHES = {"loglikelihood": 2048, "loglikelihood_rolling": 256, "generate_u
 _PAUSE, _SHARE = 2.0, 20.0
 # Saves of one kind of request, at most, when several ranks save together.
 _SAVES = 200
+# The start of what is drawn at random after the answers.
+_AFTER = 1234
 # Bytes of text a token, roughly: enough to guess into how many windows a text falls.
 _BYTES_A_TOKEN = 4
 
@@ -89,13 +91,17 @@ class Answers:
             if before >= len(answers):
                 self._prepare(kind, number, chunks, requests)
                 asked = [requests[i] for i in chunk]
-                _seed(kind, asked)
+                if kind == "generate_until":
+                    # It may draw at random: each chunk from a start of its own, so that a resumed one draws the same.
+                    _seed(int(digest(*(_text(list(r.args)) for r in asked))[:8], 16))
                 answers += [_plain(kind, answer) for answer in _call(getattr(self._model, kind), asked)]
                 self._save(kind, number)
             before += len(chunk)
         for number in range(len(chunks), self._rounds(kind)):
             # Another rank has one more: points agree when all have saved equally often.
             self._save(kind, number)
+        # What a task draws of its own when it looks at the answers must not depend on how many of them were saved.
+        _seed(_AFTER)
         return self._gathered(kind, len(requests))
 
     def _save(self, kind: str, number: int) -> None:
@@ -253,14 +259,10 @@ def _call(method: Callable[..., Any], asked: list[Any]) -> list[Any]:
     return answers
 
 
-def _seed(kind: str, asked: list[Any]) -> None:
-    """Generation may draw at random: each chunk from a start of its own, so that a resumed one draws the same."""
-    if kind != "generate_until":
-        return
+def _seed(seed: int) -> None:
     import numpy
     import torch
 
-    seed = int(digest(*(_text(list(r.args)) for r in asked))[:8], 16)
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)

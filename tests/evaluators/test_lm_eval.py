@@ -227,6 +227,34 @@ def test_what_is_drawn_at_random_is_drawn_again_after_a_kill(server: Server, tmp
     assert first.read_text() == second.read_text()
 
 
+LUCKY = """
+task: lucky
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: ""
+generation_kwargs: {{do_sample: true, temperature: 1.5, max_gen_toks: 4, until: ["\\n"]}}
+process_results: !function lucky.process_results
+metric_list: [{{metric: luck, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_what_a_task_draws_when_all_is_answered_is_drawn_again_after_a_kill(server: Server, tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path / "tasks")
+    data = write_lines(tasks / "lucky.jsonl", questions(6, seed=1))
+    (tasks / "lucky.yaml").write_text(LUCKY.format(data=data))
+    # As a task does that guesses where an answer cannot be read.
+    (tasks / "lucky.py").write_text("import torch\n\ndef process_results(doc, results):\n    return {'luck': torch.rand(()).item()}\n")
+    arguments = server.arguments(tasks="lucky,prose", include_path=str(tasks))
+    folder = str(tmp_path / "progress")
+    # What is generated takes two batches; the kill comes while prose is read.
+    assert server.run(arguments=arguments, progress=folder, kill_at=4) == signal.SIGKILL
+
+    assert server.run(arguments=arguments, progress=folder)["metrics"] == server.run(arguments=arguments)["metrics"]
+
+
 def test_when_the_requests_are_others_nothing_old_is_taken(server: Server, tmp_path: Path) -> None:
     folder = str(tmp_path / "progress")
     assert server.run(arguments=server.arguments(tasks="colours"), progress=folder, kill_at=20) == signal.SIGKILL
