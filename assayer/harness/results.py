@@ -10,8 +10,6 @@ from assayer.files import write_whole
 
 __all__ = ["facts_of", "metrics_of", "write_samples"]
 
-# Numbers among a task's results that are no metrics.
-_NO_METRICS = ("sample_len",)
 _STDERR = "_stderr"
 
 

@@ -63,10 +63,10 @@ def settings_of(arguments: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; the nearest: a, b, c`` out of what is known, most similar first; empty when nothing is similar."""
+def nearest(name: str, known: Iterable[str], to: str = "") -> str:
+    """``; the nearest<to>: a, b, c`` out of what is known, most similar first; empty when nothing is similar."""
     found = difflib.get_close_matches(name, list(known), n=5, cutoff=0.6)
-    return f"; the nearest: {', '.join(found)}" if found else ""
+    return f"; the nearest{to}: {', '.join(found)}" if found else ""
 
 
 def _wrong(name: str, value: object, takes: str) -> EvaluatorError:

@@ -19,6 +19,8 @@ __all__ = ["check_tasks", "compiled_once", "load_tasks"]
 _FILE_READERS = ("json", "csv", "text", "parquet", "arrow")
 # Templates of tasks that are kept compiled.
 _TEMPLATES = 1024
+# Unknown names for which an error tells the nearest.
+_NEAREST_TOLD = 3
 # The seed that lm-eval's own command draws examples with.
 _FEWSHOT_SEED = 1234
 
@@ -105,7 +107,8 @@ def _manager(settings: Settings, tokenizer: str | None = None) -> Any:
 def _unknown(names: list[str], index: Mapping[str, Any], folder: str | None) -> str:
     told = ", ".join(printable(name) for name in names)
     where = f"neither lm-eval nor {printable(folder)} has" if folder else "lm-eval does not have"
-    return f"{where} the task {told}{nearest(names[0], index)}{_unreadable(folder)}"
+    near = "".join(nearest(name, index, f" to {printable(name)}" if len(names) > 1 else "") for name in names[:_NEAREST_TOLD])
+    return f"{where} the task {told}{near}{_unreadable(folder)}"
 
 
 def _unreadable(folder: str | None) -> str:

@@ -548,7 +548,8 @@ def test_a_name_that_lm_eval_does_not_know_is_told_with_the_nearest(server: Serv
 
     error = server.run("check", arguments=server.arguments(tasks="hellaswagg,colour"))["error"]
     assert "hellaswagg" in error
-    assert "hellaswag" in error.split("nearest:")[1]
+    assert "hellaswag" in error.split("nearest to hellaswagg:")[1]
+    assert "colours" in error.split("nearest to colour:")[1]
     assert "colours" in server.run("check", arguments=server.arguments(tasks="colour"))["error"].split("nearest:")[1]
     assert "vllm" in server.run("check", arguments=server.arguments(model="vlm"))["error"].split("nearest:")[1]
     assert server.run("check") == {}
