@@ -256,9 +256,9 @@ def _examine(target: str, function: str, cwd: str, arguments: dict[str, Any]) ->
     taken = [p.name for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return {"assayer": "ok"}
+    asked = [name for name in taken if not (reference.builtin and name in FILLED)]
     for argument in arguments:
-        if argument not in taken:
-            asked = [name for name in taken if not (reference.builtin and name in FILLED)]
+        if argument not in asked:
             offer = f"it takes {', '.join(asked)}" if asked else "it takes the checkpoint path alone"
             return {"assayer": "wrong", "error": f"{reference.name} has no parameter {argument!r}; {offer}"}
     filled = {*FILLED, *arguments}

@@ -74,6 +74,12 @@ def test_a_typo_is_an_error_there_and_then(folder: Path, function: str, argument
         refs.check(refs.parse(f"kit/evals.py:{function}", folder), dict.fromkeys(arguments, 1), torch_elsewhere=False)
 
 
+@pytest.mark.parametrize("name", ["progress", "details"])
+def test_what_is_filled_in_is_no_argument_of_a_built_in_evaluator(folder: Path, name: str) -> None:
+    with pytest.raises(EvaluatorError, match=f"loss has no parameter '{name}'; it takes data, tokenizer"):
+        refs.check(refs.parse("loss", folder), {"data": "tokens.npy", name: 1}, torch_elsewhere=False)
+
+
 @pytest.mark.parametrize(("function", "arguments"), [("strict", ["needed"]), ("open_ended", ["anything"]), ("good", [])])
 def test_arguments_that_fit_are_accepted(folder: Path, function: str, arguments: list[str]) -> None:
     assert refs.check(refs.parse(f"kit/evals.py:{function}", folder), dict.fromkeys(arguments, 1), torch_elsewhere=False) is None
