@@ -149,8 +149,9 @@ class Crew:
             write_json(path, {**(read_json(path) or {}), "orderly": True}, 0o600)
 
     def conflicts(self, slots: list[Slot]) -> list[str]:
-        """A sentence for each slot that serves another queue or another Redis, so that none of these workers can stand there."""
-        queues = {slot.key: slot.queue for slot in self.wanted()}
+        """A sentence for each slot in which no such worker can stand: it serves another queue or Redis, or has a GPU of another slot."""
+        wanted = self.wanted()
+        queues = {slot.key: slot.queue for slot in wanted}
         found = []
         for slot in slots:
             facts = self.facts(slot)
@@ -158,6 +159,13 @@ class Crew:
                 found.append(f"{slot.label} already serves the queue {queues[slot.key]}: no worker for {slot.queue} stands there")
             elif self.is_held(slot) and facts.get("redis", self.target.name) != self.target.name:
                 found.append(f"{slot.label} already serves {facts['redis']}: no worker for {self.target.name} stands there")
+            else:
+                other = next((w for w in wanted if w.key != slot.key and not set(w.locks).isdisjoint(slot.locks)), None)
+                if other:
+                    found.append(
+                        f"{slot.label} shares a GPU with {other.label}, a worker's slot of {len(other.gpus or ())}: one of the two cannot "
+                        "start, and evaluations see the GPUs of the other; python -m assayer.shutdown ends the workers that stand"
+                    )
         return found
 
     def keeps_redis(self) -> bool:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from assayer.errors import UsageError
+from assayer.queues.connect import Target
 from assayer.worker.environ import evaluation_environment, gpu_uuids, parse_gpus, visible_gpus
-from assayer.worker.launch import cpu_slots, eval_slots, gpu_slots, watch_slots
+from assayer.worker.launch import Crew, cpu_slots, eval_slots, gpu_slots, watch_slots
 
 SMI = """#!/bin/sh
 cat <<'END'
@@ -100,3 +101,15 @@ def test_slots_of_different_queues_and_redis_stay_apart() -> None:
 def test_a_list_of_gpus_says_what_is_allowed(text: str) -> None:
     with pytest.raises(UsageError, match="GPU"):
         parse_gpus(text)
+
+
+def test_a_slot_that_shares_a_gpu_with_another_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Crew, "start_supervisor", lambda crew: None)
+    crew = Crew(tmp_path, Target("redis://localhost:1", False))
+    crew.want(gpu_slots("q", ("GPU-a", "GPU-b")))
+    pairs = gpu_slots("q", ("GPU-a", "GPU-b", "GPU-c", "GPU-d"), each=2)
+    crew.want(pairs)
+
+    (told,) = crew.conflicts(pairs)
+
+    assert told.startswith("gpuGPU-a+GPU-b shares a GPU with gpuGPU-a, a worker's slot of 1")
