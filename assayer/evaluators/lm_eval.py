@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assayer import language_model
+from assayer.distributed import Ranks, joined
 from assayer.errors import EvaluatorError
 from assayer.files import printable
 from assayer.harness.answers import Answers, requests_of
 from assayer.harness.index import default_index
 from assayer.harness.model import check_model, describe, load_model, mark_of
-from assayer.harness.ranks import Ranks, ranks
 from assayer.harness.requests import build
 from assayer.harness.results import facts_of, metrics_of, write_samples
 from assayer.harness.settings import DEFAULT_TASKS, Settings, settings_of
@@ -85,7 +85,7 @@ def evaluate(
     given = {name: value for name, value in locals().items() if name not in _NOT_ARGUMENTS}
     settings = settings_of(given)
     _import()
-    with ranks() as group, _quiet(), compiled_once():
+    with joined() as group, _quiet(), compiled_once():
         return _evaluate(path, settings, group, original_path, samples_path, progress, details if details is not None else {})
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from assayer import language_model, token_data, token_source
-from assayer.distributed import rank_of_process, summed
+from assayer.distributed import joined, rank_of_process
 from assayer.errors import EvaluatorError
 from assayer.files import digest, printable
 from assayer.token_data import Batches, Tokens
@@ -112,7 +112,8 @@ def evaluate(
     # The identity of a checkpoint says nothing of its config, nor of how it was merged.
     what = digest(mark, fingerprint, language_model.config_digest(model), str(length))
     _accumulate(model, tokens, batches, count, state, progress, every, what)
-    sums = summed(state)
+    with joined() as ranks:
+        sums = ranks.summed(state)
     if details is not None:
         details |= told | {"tokens": int(sums["tokens"])}
     return _metrics(sums, tokens.has_bytes)

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from assayer.distributed import Ranks
 from assayer.files import digest
-from assayer.harness.ranks import Ranks
 
 if TYPE_CHECKING:
     from assayer.progress import Progress

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from assayer import language_model
+from assayer.distributed import rank_of_process
 from assayer.errors import EvaluatorError
 from assayer.files import digest, printable
 from assayer.harness.settings import Settings, nearest
@@ -25,7 +26,7 @@ def check_model(settings: Settings) -> None:
         EvaluatorError: it is not known (with the nearest names), needs a package that is missing, or evaluates a service.
     """
     _words(_class(settings.model), settings)
-    if settings.model_args.get("tp_plan") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if settings.model_args.get("tp_plan") and rank_of_process()[1] > 1:
         raise EvaluatorError("model_args tp_plan splits the model over the processes, which share out the requests; start one process")
 
 
@@ -39,7 +40,7 @@ def load_model(settings: Settings, path: str, tokenizer: str) -> Any:
     words = _words(model_class, settings)
     if _is_transformers(model_class):
         words |= _places(settings, tokenizer)
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    elif rank_of_process()[1] > 1:
         raise EvaluatorError(
             f"model {settings.model} shares out its work by itself (model_args, such as tensor_parallel_size); give it one process"
         )
