@@ -203,6 +203,15 @@ class Place:
         folder = results_folder(path, results_dir)
         return cls(folder.parent, (folder.name, evaluator), name)
 
+    @classmethod
+    def of_job(cls, job: str, evaluator: str, checkpoint: str | None, results_dir: str | None, weights: str = "regular") -> "Place":
+        """Where the results of one job of a server lie, which no watch takes for its own: ``<checkpoint>@job-<first 8 of the job's id>``
+        among those of its checkpoint, or ``<results_dir>/<evaluator>/job-<id>`` where there is none."""
+        if checkpoint is None:
+            return cls(Path(results_dir or "."), (evaluator,), f"job-{job}")
+        place = cls.of(checkpoint, evaluator, results_dir, weights)
+        return cls(place.root, place.parts, short_name(f"{place.name}@job-{job[:8]}", _ROOM))
+
     def make_folder(self) -> None:
         """Makes the folder of the results below the run's own (or ``results_dir``), which must be there: a directory that is away, such as
         an unmounted file system, is not made anew.

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -182,7 +182,7 @@ def builtin_module(reference: Reference) -> ModuleType | None:
     return importlib.import_module(reference.target) if reference.builtin else None
 
 
-def check(reference: Reference, arguments: Mapping[str, Any], torch_elsewhere: bool) -> str | None:
+def check(reference: Reference, arguments: Mapping[str, Any], torch_elsewhere: bool, offered: Collection[str] = ()) -> str | None:
     """Imports the evaluator once, in a subprocess that sees no GPU. None when all is well, else a warning to show.
 
     A built-in evaluator also looks at the values of its arguments.
@@ -191,11 +191,12 @@ def check(reference: Reference, arguments: Mapping[str, Any], torch_elsewhere: b
         reference: the evaluator.
         arguments: the keywords that it will be called with.
         torch_elsewhere: no worker stands here, so a package that is missing here is a warning and the file's source decides.
+        offered: keywords that it will be given if it names them.
 
     Raises:
         EvaluatorError: the import fails, the function is missing, or it does not take one of the arguments.
     """
-    question = json.dumps([reference.target, reference.function, reference.cwd, dict(arguments)])
+    question = json.dumps([reference.target, reference.function, reference.cwd, dict(arguments), list(offered)])
     command = [sys.executable, "-m", "assayer.refs", question]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
@@ -235,7 +236,7 @@ def _line_of(error: BaseException, reference: Reference) -> str:
     return f"{Path(frames[-1].filename).name} line {frames[-1].lineno}: " if frames else ""
 
 
-def _examine(target: str, function: str, cwd: str, arguments: dict[str, Any]) -> dict[str, str]:
+def _examine(target: str, function: str, cwd: str, arguments: dict[str, Any], offered: list[str]) -> dict[str, str]:
     """What ``check`` asks its subprocess: can this be imported and called so."""
     reference = Reference(target, function, cwd)
     try:
@@ -261,7 +262,7 @@ def _examine(target: str, function: str, cwd: str, arguments: dict[str, Any]) ->
         if argument not in asked:
             offer = f"it takes {', '.join(asked)}" if asked else "it takes the checkpoint path alone"
             return {"assayer": "wrong", "error": f"{reference.name} has no parameter {argument!r}; {offer}"}
-    filled = {*FILLED, *arguments}
+    filled = {*FILLED, *arguments, *offered}
     bare = [p.name for p in parameters[1:] if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     missing = [name for name in bare if name not in filled]
     if missing:

@@ -42,6 +42,7 @@ def evaluate(
     include_path: str | None = None,
     apply_chat_template: bool = False,
     log_samples: bool = False,
+    predict_only: bool = False,
     model: str = "hf",
     model_args: str | dict[str, Any] | None = None,
     gen_kwargs: str | dict[str, Any] | None = None,
@@ -66,6 +67,7 @@ def evaluate(
         include_path: a folder of more tasks (YAML).
         apply_chat_template: whether questions are put as the tokenizer's chat template says.
         log_samples: whether samples are written to ``samples_path``.
+        predict_only: whether answers are only generated (with ``log_samples``), and not measured.
         model: the kind of lm-eval's model: hf, vllm, ...
         model_args: more for that model, and ``gen_kwargs`` for generation: ``name=value`` with commas between, or a dict.
         gen_kwargs: see ``model_args``.

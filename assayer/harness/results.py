@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
     Groups are tasks like others. What is no number (``N/A``) is left out.
     """
     found: dict[str, float] = {}
+    for key, _, value in _named(results):
+        found[key] = value
+    return found
+
+
+def _named(results: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Of each number its name as a metric, its filter, and itself."""
     for task, values in results["results"].items():
         named = [(*key.partition(",")[::2], float(value)) for key, value in values.items() if "," in key and _is_number(value)]
         filters: dict[str, set[str]] = {}
@@ -26,8 +33,7 @@ def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
             filters.setdefault(metric.removesuffix(_STDERR), set()).add(name)
         for metric, name, value in named:
             several = len(filters[metric.removesuffix(_STDERR)]) > 1
-            found[f"{task}/{metric},{name}" if several else f"{task}/{metric}"] = value
-    return found
+            yield f"{task}/{metric},{name}" if several else f"{task}/{metric}", name, value
 
 
 def _is_number(value: Any) -> bool:
@@ -50,7 +56,9 @@ def facts_of(results: Mapping[str, Any]) -> dict[str, Any]:
             "higher_is_better": {str(k): _json(v) for k, v in results["higher_is_better"].get(name, {}).items()},
         }
     versions = {"lm_eval": lm_eval.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__}
-    return {"versions": versions, "tasks": tasks}
+    # Of a metric's only filter the metric's name says nothing.
+    filters = {key: name for key, name, _ in _named(results) if "," not in key and name != "none"}
+    return {"versions": versions, "tasks": tasks, **({"filters": filters} if filters else {})}
 
 
 def _json(value: Any) -> Any:

@@ -36,6 +36,7 @@ class Settings:
     include_path: str | None = None
     apply_chat_template: bool = False
     log_samples: bool = False
+    predict_only: bool = False
     model: str = "hf"
     model_args: dict[str, Any] = field(default_factory=dict)
     gen_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -161,6 +162,7 @@ _READERS = {
     "include_path": _folder,
     "apply_chat_template": _flag,
     "log_samples": _flag,
+    "predict_only": _flag,
     "model": _text,
     "model_args": _model_args,
     "gen_kwargs": _pairs,

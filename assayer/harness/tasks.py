@@ -85,6 +85,8 @@ def _set_up(task: Any, settings: Settings) -> None:
         task.set_config(key="num_fewshot", value=settings.num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
+    if settings.predict_only:
+        task.override_metric(metric_name="bypass")
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
 

@@ -105,13 +105,14 @@ def target(url: str | None, host: str | None, port: int | None, state: Path) -> 
     return Target(url, embedded=False)
 
 
-def connect(url: str, patience: float = 5.0, retries: int = COMMAND_RETRIES) -> Connection:
+def connect(url: str, patience: float = 5.0, retries: int = COMMAND_RETRIES, answer: float | None = None) -> Connection:
     """A connection to the Redis at ``url`` that has answered once.
 
     Args:
         url: redis://, rediss:// or unix://.
         patience: seconds to wait for the first answer.
         retries: how often a command is tried again later on; ``WORKER_RETRIES`` outlast an outage of more than a minute.
+        answer: seconds that one command may wait for its answer later on; None: as long as it takes.
 
     Raises:
         RedisError: nothing answers there, or not as a Redis does.
@@ -131,7 +132,8 @@ def connect(url: str, patience: float = 5.0, retries: int = COMMAND_RETRIES) -> 
         raise RedisError(
             f"no Redis answers at {printable(without_password(url))} ({reason}); check --redis_url or {URL_VARIABLE}"
         ) from None
-    return redis.Redis.from_url(url, retry=Retry(_backoff(), retries), health_check_interval=30)
+    limits = {} if answer is None else {"socket_timeout": answer, "socket_connect_timeout": answer}
+    return redis.Redis.from_url(url, retry=Retry(_backoff(), retries), health_check_interval=30, **limits)
 
 
 def _backoff() -> ExponentialWithJitterBackoff:

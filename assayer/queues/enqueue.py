@@ -4,7 +4,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from redis.exceptions import WatchError
 from rq import Queue, Retry
@@ -20,7 +20,9 @@ __all__ = [
     "EVALUATE",
     "LOST_MAX",
     "PREFIX",
+    "RETRIES_OF_RQ",
     "Task",
+    "add",
     "arrange",
     "enqueue",
     "is_in_flight",
@@ -48,7 +50,7 @@ FAILURE_TTL = 7 * 86400
 # Workers in a row that one job may take down. RQ's own count of retries is well beyond, so that this one decides; it has an end for a
 # worker that cannot even begin the job, such as one without this package.
 LOST_MAX = 5
-_RQ_RETRIES = 20
+RETRIES_OF_RQ = 20
 
 # When an evaluation of each folder's checkpoints began last, and how long (seconds) that is remembered.
 _SERVED = "assayer:served"
@@ -117,6 +119,11 @@ class Task:
         return hold_key(self.checkpoint, self.identity)
 
     @property
+    def alarm(self) -> int:
+        """Seconds after which RQ itself ends the job, which keeps its limit for the merge and for the evaluation by itself."""
+        return self.timeout * (2 if self.merges else 1) + ALARM_MARGIN
+
+    @property
     def shared(self) -> list[str]:
         """What this evaluation may have in common with others, and the last of them puts away: its hold and its merge."""
         return [self.hold_id, *([self.merge_id] if self.merges else [])]
@@ -130,7 +137,7 @@ class Task:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Task":
+    def from_json(cls, value: dict[str, Any]) -> Self:
         merging = Merging(**value.get("merging", {}))
         newest = tuple(value["newest"]) if value.get("newest") else None
         return cls(**{**value, "evaluator": Evaluator.from_json(value["evaluator"]), "merging": merging, "newest": newest})
@@ -195,25 +202,30 @@ def enqueue(queue: Queue, task: Task, guards: dict[str, str | None], newest_firs
                     kwargs=task.to_json(),
                     job_id=task.id,
                     description=task.description,
-                    timeout=task.timeout * (2 if task.merges else 1) + ALARM_MARGIN,
+                    timeout=task.alarm,
                     result_ttl=RESULT_TTL,
                     failure_ttl=FAILURE_TTL,
-                    retry=Retry(max=_RQ_RETRIES),
+                    retry=Retry(max=RETRIES_OF_RQ),
                     meta=meta,
                 )
                 pipe.multi()
                 pipe.delete(key)
                 pipe.zrem(queue.failed_job_registry.key, task.id)
                 pipe.zrem(queue.finished_job_registry.key, task.id)
-                for shared in task.shared:
-                    pipe.sadd(_shared_key(shared), task.id)
-                    pipe.expire(_shared_key(shared), SHARED_TTL)
-                queue.enqueue_job(job, pipeline=pipe)
-                pipe.hset(key, mapping={_FOLDER: _field(task.folder), _RANK: _rank(task, newest_first), _BEGUN: int(begun)})
+                add(pipe, queue, job, task, _rank(task, newest_first), begun)
                 pipe.execute()
                 return True
             except WatchError:
                 continue
+
+
+def add(pipe: Connection, queue: Queue, job: Job, task: Task, rank: float, begun: bool = False) -> None:
+    """Adds the commands that queue this job of the task's: what it shares with others, and its place among those of its folder."""
+    for shared in task.shared:
+        pipe.sadd(_shared_key(shared), task.id)
+        pipe.expire(_shared_key(shared), SHARED_TTL)
+    queue.enqueue_job(job, pipeline=pipe)
+    pipe.hset(job.key, mapping={_FOLDER: _field(task.folder), _RANK: rank, _BEGUN: int(begun)})
 
 
 def _rank(task: Task, newest_first: bool) -> float:

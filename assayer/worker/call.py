@@ -24,16 +24,16 @@ __all__ = ["Call", "Outcome", "clean_environment", "make"]
 class Call:
     """What an evaluator is called with.
 
-    ``path`` is what it reads, ``original_path`` the checkpoint itself; ``output``, ``samples`` (None: nowhere) and ``progress`` are where
-    its own files, its samples and its unfinished state go; ``reports`` is a file that tells how far it is (None: nobody asks).
-    ``is_ambiguous`` says that the path alone does not tell which of the weights in it are meant.
+    ``path`` is what it reads (None: there is no checkpoint), ``original_path`` the checkpoint itself; ``output``, ``samples`` (None:
+    nowhere) and ``progress`` are where its own files, its samples and its unfinished state go; ``reports`` is a file that tells how far it
+    is (None: nobody asks). ``is_ambiguous`` says that the path alone does not tell which of the weights in it are meant.
     """
 
     reference: Reference
     name: str
     arguments: dict[str, Any]
-    path: str
-    original_path: str
+    path: str | None
+    original_path: str | None
     identity: str
     step: int | None
     weights: str

@@ -25,7 +25,18 @@ from typing import Any, BinaryIO
 
 from assayer.errors import AssayerError
 
-__all__ = ["GIVEN_UP", "EndedBadly", "Ending", "become_reaper", "descendants", "die_with_parent", "end_descendants", "give_up_on", "run"]
+__all__ = [
+    "GIVEN_UP",
+    "EndedBadly",
+    "Ending",
+    "become_reaper",
+    "descendants",
+    "die_with_parent",
+    "end_descendants",
+    "give_up_on",
+    "run",
+    "stop",
+]
 
 # Bytes of an evaluator's output that are kept: so much from its start, so much from its end.
 LOG_HEAD = 8 << 20
@@ -86,6 +97,8 @@ class _GivingUp:
         self.signals: tuple[int, ...] = ()
         self.ordered = False
         self.child = 0
+        # The child was ended by ``stop``: no sign of anything else.
+        self.stopped = False
 
 
 _giving_up = _GivingUp()
@@ -109,6 +122,17 @@ def _on_give_up(number: int, frame: Any) -> None:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGTERM)
             if not _exits_within(pid, GIVING_UP_GRACE):
+                os.kill(pid, signal.SIGKILL)
+
+
+def stop() -> None:
+    """Ends the child that runs, if one does, politely first; called by another thread than the one that waits for it in ``run``."""
+    pid = _giving_up.child
+    if pid:
+        _giving_up.stopped = True
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGTERM)
+            if not _exits_within(pid, GRACE):
                 os.kill(pid, signal.SIGKILL)
 
 
@@ -191,6 +215,7 @@ def run(function: Callable[[], Any], log: Path | None, timeout: float = math.inf
     """
     _give_up_if_ordered()
     become_reaper()
+    _giving_up.stopped = False
     killed_before = _oom_kills()
     with _open_log(log) if log else contextlib.nullcontext() as file:
         if file:
@@ -227,7 +252,7 @@ def run(function: Callable[[], Any], log: Path | None, timeout: float = math.inf
         ending = Ending(cause="timeout", message=f"did not end within {timeout:g} s")
     else:
         ending = _ending(status, text, _oom_kills() > killed_before)
-    if ending.cause is not None:
+    if ending.cause is not None and not _giving_up.stopped:
         _settle(status)
     return ending
 

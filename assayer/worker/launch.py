@@ -22,6 +22,7 @@ from assayer.plan import PlanStore, host_name
 from assayer.queues.connect import Target
 from assayer.queues.recover import WORKER_PREFIX
 from assayer.refs import PACKAGE_PARENT
+from assayer.session import servers
 from assayer.worker.environ import evaluation_environment, gpu_uuids, visible_gpus
 
 __all__ = ["ORDERS", "Crew", "Slot", "Started", "cpu_slots", "eval_slots", "gpu_slots", "revive_supervisor", "start_worker", "watch_slots"]
@@ -176,7 +177,8 @@ class Crew:
         """Wants no workers any more on those of these queues that no watch uses, and returns their names; ``how``: warm or now."""
         with locked(self.gate):
             plans = list(PlanStore(self.state).active(self.target.name))
-            free = queues - {queue for plan in plans for queue in (plan.watch_queue, plan.eval_queue)}
+            used = {queue for plan in plans for queue in (plan.watch_queue, plan.eval_queue)}
+            free = queues - used - {str(server["queue"]) for server in servers(self.state, self.target.name)}
             self._write([slot for slot in self.wanted() if slot.queue not in free], self.order_to_stop(), drop=how)
         return free
 
@@ -210,7 +212,8 @@ class Crew:
         return any(is_locked(self.slots_folder / f"{name}.lock") for name in slot.locks)
 
     def has_plans(self) -> bool:
-        return any(True for _ in PlanStore(self.state).active(self.target.name))
+        """True while a watch, or a server that stands on this host, needs these workers."""
+        return bool(servers(self.state, self.target.name)) or any(True for _ in PlanStore(self.state).active(self.target.name))
 
     def _orders(self) -> dict[str, Any]:
         return read_json(self._wanted) or {}

@@ -1,4 +1,4 @@
-"""Jobs as our workers read them: of all that a job's hash names, only the one function that a worker is there for is ever imported.
+"""Jobs as our workers read them: of all that a job's hash names, only the functions that a worker is there for are ever imported.
 
 RQ imports what a job names in five places: the function, three callbacks, and the serializer's pickles; a webhook sends a request. Whoever
 can write to the Redis could so run anything. Here each of them is refused, and the refusal is what the failed job says.
@@ -33,9 +33,9 @@ _UNREADABLE = (ValueError, TypeError, AttributeError, OverflowError, TimeoutForm
 
 
 class OwnJob(Job):
-    """A job that runs ``FUNCTION`` or nothing."""
+    """A job that runs one of ``FUNCTIONS`` or nothing."""
 
-    FUNCTION = ""
+    FUNCTIONS: tuple[str, ...] = ()
     _unreadable = ""
     _extras: tuple[str, ...] = ()
 
@@ -64,7 +64,7 @@ class OwnJob(Job):
 
     def refusal(self) -> str | None:
         """Why our worker must not run this job; None when it may."""
-        ours = f"this worker runs only {self.FUNCTION}"
+        ours = f"this worker runs only {' and '.join(self.FUNCTIONS)}"
         if self._unreadable:
             return f"refused: the job cannot be read ({self._unreadable[:200]}); {ours}"
         if self._extras:
@@ -73,7 +73,7 @@ class OwnJob(Job):
             name, instance, arguments, keywords = self.func_name, self.instance, self.args, self.kwargs
         except DeserializationError:
             return f"refused: the job's data are no JSON; {ours}"
-        if name != self.FUNCTION:
+        if name not in self.FUNCTIONS:
             return f"refused: the job names {printable(str(name))[:200]}; {ours}"
         if instance is not None or not isinstance(arguments, list) or not isinstance(keywords, dict):
             return f"refused: the job's data are no call of a function; {ours}"

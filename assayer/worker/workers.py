@@ -26,6 +26,7 @@ from assayer.queues import Connection, chain
 from assayer.queues.board import queues_with_watches
 from assayer.queues.enqueue import EVALUATE, FAILURE_TTL
 from assayer.queues.recover import SILENCE, Judge, free_scheduler_lock, return_abandoned, return_jobs, return_taken
+from assayer.queues.served import SERVE
 from assayer.worker.child import GIVEN_UP, GIVING_UP_GRACE, SETTLE_LONG, become_reaper, die_with_parent, end_descendants, give_up_on
 from assayer.worker.own_jobs import TAKEN_MAX, OwnJob, OwnQueue, Stand
 from assayer.worker.warm import warm
@@ -47,11 +48,11 @@ IDLE_MAX = 6
 
 
 class _OwnEvaluation(OwnJob):
-    FUNCTION = EVALUATE
+    FUNCTIONS = (EVALUATE, SERVE)
 
 
 class _OwnTick(OwnJob):
-    FUNCTION = chain.TICK
+    FUNCTIONS = (chain.TICK,)
 
 
 class _Ours(BaseWorker):

@@ -1,0 +1,213 @@
+"""What the server does with Redis and with files, away from its event loop: takes jobs in, tells of them, cancels them."""
+
+import logging
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rq.job import Job
+
+from assayer.errors import AssayerError, ProtocolError
+from assayer.files import printable
+from assayer.protocol import EvaluateRequest, JobInfo, JobStatus, JobSubmitResponse, QueueStatusResponse, dump
+from assayer.queues import Connection
+from assayer.queues.enqueue import is_wanted
+from assayer.queues.served import Facts, Served, ServedJobs
+from assayer.record import hold_folder
+from assayer.server.models import Models
+from assayer.server.order import Order, Rules, order
+from assayer.server.watches import hurry
+from assayer.worker import hold
+from assayer.worker.served_job import put_down
+
+__all__ = ["Desk"]
+
+logger = logging.getLogger(__name__)
+
+# What RQ calls the states of a job.
+_STATUS = {
+    "queued": JobStatus.QUEUED,
+    "deferred": JobStatus.QUEUED,
+    "scheduled": JobStatus.QUEUED,
+    "created": JobStatus.QUEUED,
+    "started": JobStatus.RUNNING,
+    "canceled": JobStatus.CANCELLED,
+}
+# Jobs that are looked at in one go when a list of them is asked for.
+_BATCH = 200
+
+
+class Desk:
+    """One server's work on one queue; every method may wait for a disk or for Redis."""
+
+    def __init__(self, connection: Connection, queue: str, watch_queue: str, models: Models, rules: Rules) -> None:
+        self.connection = connection
+        self.jobs = ServedJobs(connection, queue)
+        self.watch_queue = watch_queue
+        self.models = models
+        self.rules = rules
+
+    def submit(self, request: EvaluateRequest, key: str | None) -> JobSubmitResponse:
+        """Queues what is asked for; a second time under the same key, what the first time came to.
+
+        Raises:
+            ProtocolError: it is refused.
+        """
+        model = self.models.find(request.model)
+        if model is None:
+            raise self._unknown(request.model)
+        job = str(uuid.uuid4())
+        if key is not None:
+            job, same = self.jobs.claim(key, job, dump(request.to_json()).decode())
+            if not same:
+                raise ProtocolError("this Idempotency-Key was used for another request; give each request its own")
+            before = self.jobs.position(job)
+            if before is not None:
+                return JobSubmitResponse.queued(job, before)
+        if self.jobs.length() >= self.rules.queue_max:
+            raise ProtocolError(f"{self.rules.queue_max} jobs wait already; try again later", status=503)
+        made = order(job, request, model, self.rules)
+        position = self.jobs.submit(made.served)
+        self._hold(made)
+        return JobSubmitResponse.queued(job, position)
+
+    def _unknown(self, name: str) -> ProtocolError:
+        near = self.models.nearest(name)
+        text = f"no model is called {printable(name)[:100]!r}" + (
+            f"; the nearest: {', '.join(near)}" if near else "; GET /models lists all"
+        )
+        detail = {"type": "value_error", "loc": ["body", "model"], "msg": f"Value error, {text}", "input": name, "ctx": {"error": text}}
+        return ProtocolError([detail])
+
+    def _hold(self, made: Order) -> None:
+        """Gives the weights a second name while the job waits, so that the trainer's rotation cannot take them.
+
+        The job is queued first: a watch lets go of what no job needs.
+        """
+        served, found = made.served, made.found
+        if found is None or self.rules.bounds.count == 0:
+            return
+        folder = hold_folder(Path(served.checkpoint), served.results_dir)
+        facts = {"path": served.checkpoint, "identity": served.identity, "results_dir": served.results_dir}
+        try:
+            if not folder.parent.parent.is_dir() or hold.free_part(str(folder.parent.parent)) < self.rules.bounds.min_free:
+                return
+            others = [held for held in hold.held_in(folder) if held.key != served.hold_id]
+            size = hold.size_of(found)
+            if served.hold_id not in hold.chosen([(served.hold_id, size)], [(held.key, held.nbytes) for held in others], self.rules.bounds):
+                logger.info("%s is not protected from deletion: others are held (--hold)", printable(served.checkpoint))
+                return
+            # Noted before it is there: a server that is killed in between leaves nothing that nobody knows of.
+            self.jobs.note_hold(served.hold_id, facts)
+            hold.take(found, served.identity, served.signature, (served.weights,), served.results_dir)
+        except OSError as error:
+            logger.info("%s is not protected from deletion: %s", printable(served.checkpoint), error.strerror)
+        self._release(served.hold_id, facts)
+
+    def _release(self, key: str, facts: dict[str, Any]) -> None:
+        """Lets go of a hold that no job needs any more."""
+        if is_wanted(self.connection, key):
+            return
+        held = hold.find(facts["path"], facts["identity"], facts["results_dir"])
+        if held is not None and not hold.is_read(held):
+            hold.release(held)
+        self.jobs.forget_hold(key)
+
+    def sweep(self) -> None:
+        """Lets go of what jobs have left that came to no orderly end."""
+        for key, facts in self.jobs.holds().items():
+            self._release(key, facts)
+
+    def info(self, job: str) -> JobInfo:
+        """What is known of a job.
+
+        Raises:
+            ProtocolError: nothing is (404).
+        """
+        (facts,) = self.jobs.look([job])
+        if facts is None:
+            raise not_found(job)
+        return self._info(facts)
+
+    def _info(self, facts: Facts) -> JobInfo:
+        answer = facts.answer or {}
+        waits = facts.status in ("queued", "deferred", "scheduled", "created")
+        status = _STATUS.get(facts.status) or JobStatus(answer.get("status", "failed"))
+        error = answer.get("error")
+        if status == JobStatus.FAILED and error is None:
+            error = self.jobs.failure(facts.job).partition("Error: ")[2] or self.jobs.failure(facts.job)
+        is_over = status not in (JobStatus.QUEUED, JobStatus.RUNNING)
+        return JobInfo(
+            job_id=facts.job,
+            status=status,
+            created_at=facts.created_at,
+            started_at=None if waits else facts.started_at,
+            completed_at=(answer.get("completed_at") or facts.ended_at) if is_over else None,
+            request=EvaluateRequest.from_json(facts.request),
+            result=answer.get("result") if status == JobStatus.COMPLETED else None,
+            error=error if is_over else None,
+            position_in_queue=(facts.position or 0) if waits else None,
+            metrics=answer.get("metrics") if is_over else None,
+        )
+
+    def list(self, status: str | None, limit: int) -> list[JobInfo]:
+        """The newest jobs, all or those of this status."""
+        found: list[JobInfo] = []
+        start = 0
+        while len(found) < limit and (ids := self.jobs.newest(start, _BATCH)):
+            start += _BATCH
+            infos = (self._info(facts) for facts in self.jobs.look(ids) if facts is not None)
+            found += [info for info in infos if status in (None, info.status)]
+        return found[:limit]
+
+    def queue(self) -> QueueStatusResponse:
+        """How the queue stands; jobs of watches are not counted."""
+        waiting, running = self.jobs.waiting(), self.jobs.running()
+        completed, failed = self.jobs.ended()
+        return QueueStatusResponse(len(waiting), running[0] if running else None, tuple(waiting), completed, failed)
+
+    def cancel(self, job: str, force: bool) -> str:
+        """Takes a job off the queue (``cancelled``), or with ``force`` tells whoever runs it to end it (``running``: not over yet).
+
+        Raises:
+            ProtocolError: it is not known (404), runs, or has ended (400).
+        """
+        answer = {"status": "cancelled", "completed_at": datetime.now(UTC).isoformat()}
+        told = self.jobs.cancel(job, force, answer)
+        if told == "missing":
+            raise not_found(job)
+        if told == "ended":
+            raise ProtocolError("Job already finished or cancelled", status=400)
+        if told == "running" and not force:
+            raise ProtocolError("Cannot cancel a running job", status=400)
+        if told == "cancelled":
+            self._put_down(job)
+        return told
+
+    def _put_down(self, job: str) -> None:
+        queued = Job.fetch_many([job], connection=self.connection, serializer=self.jobs.queue.serializer)[0]
+        if queued is None:
+            return
+        try:
+            put_down(queued, Served.from_json(queued.kwargs))
+        except AssayerError as error:
+            # The job is cancelled all the same; what is missing is its record.
+            logger.warning("%s", error)
+
+    def notify(self, directory: str) -> int:
+        """Makes the watches of a directory look now, and returns how many there are.
+
+        Raises:
+            ProtocolError: the path is refused, or nobody watches it (404).
+        """
+        path = self.rules.roots.resolve(directory)
+        count = hurry(self.connection, self.watch_queue, path)
+        if count == 0:
+            raise ProtocolError(f"no watch looks at {printable(path)}", status=404)
+        return count
+
+
+def not_found(job: str) -> ProtocolError:
+    """The refusal of a job that is not known."""
+    return ProtocolError(f"Job {job} not found", status=404)

@@ -1,0 +1,128 @@
+"""What stands before every request: the token, where a browser may come from, and how large a body may be."""
+
+import hmac
+import ipaddress
+import os
+import re
+import stat
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from assayer.errors import UsageError
+from assayer.files import printable
+from assayer.protocol import dump
+
+__all__ = ["BODY_MAX", "Guard", "is_loopback", "read_token"]
+
+# Bytes of a request's body.
+BODY_MAX = 1 << 20
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address that only this machine reaches."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def read_token(path: str) -> str:
+    """The token in a file: its first line.
+
+    Raises:
+        UsageError: it cannot be read, is open to other users, or holds no token.
+    """
+    try:
+        with open(path) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            token = file.readline().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UsageError(f"--token_file {printable(path)} cannot be read: {reason}") from None
+    if stat.S_ISREG(mode) and mode & 0o077:
+        raise UsageError(f"--token_file {printable(path)} can be read by other users; chmod 600 {printable(str(Path(path)))}")
+    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
+        raise UsageError(f"--token_file {printable(path)} must hold a token of at least 16 letters, digits and signs in its first line")
+    return token
+
+
+class Guard:
+    """Lets a request through to the application, or answers it."""
+
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self.app = app
+        self._token = token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        refusal = self._refusal(scope["method"], headers)
+        if refusal is not None:
+            status, text = refusal
+            await _answer(send, status, text)
+            return
+        await self.app(scope, _limited(receive), send)
+
+    def _refusal(self, method: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        host = headers.get("host", "")
+        if self._token is not None:
+            given = headers.get("authorization", "")
+            kind, _, word = given.partition(" ")
+            if kind.lower() != "bearer" or not hmac.compare_digest(word.strip().encode("latin-1"), self._token.encode()):
+                return 401, "this server wants its token: Authorization: Bearer <token>"
+        elif not is_loopback(re.sub(r":\d*$", "", host)):
+            # A page of elsewhere whose name leads here sends its own name.
+            return 403, f"the host {printable(host)[:100]!r} is not served here; ask for localhost"
+        origin = headers.get("origin")
+        if origin is not None and urlsplit_netloc(origin) != host:
+            return 403, "requests from another site's pages are not answered"
+        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return 415, "the body must be application/json"
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > BODY_MAX:
+            return 413, f"the body is larger than {BODY_MAX} bytes"
+        return None
+
+
+def urlsplit_netloc(origin: str) -> str | None:
+    """The host and port of an Origin header; None for none."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
+
+
+class TooLarge(Exception):
+    """A body grew past its limit while it was read."""
+
+
+def _limited(receive: Receive) -> Receive:
+    taken = 0
+
+    async def limited() -> Message:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > BODY_MAX:
+            raise TooLarge
+        return message
+
+    return limited
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    body = dump({"detail": text})
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if status == 413:
+        # What is still to come is not read.
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

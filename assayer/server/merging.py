@@ -1,0 +1,125 @@
+"""A merge that a client asks for, in a process of its own: the server answers others meanwhile, and what breaks there breaks there."""
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from assayer.errors import AssayerError, CheckpointError, ProtocolError, StateError
+from assayer.files import printable
+from assayer.merge.output import default_output
+from assayer.merge.run import Options, find_checkpoint, run
+from assayer.plan import Merging
+from assayer.protocol import MergeRequest
+from assayer.refs import PACKAGE_PARENT
+from assayer.server.paths import Roots, inside_checkpoint
+from assayer.worker.child import die_with_parent
+
+__all__ = ["Merger"]
+
+
+class Merger:
+    """Merges for clients, a few at a time; others wait."""
+
+    def __init__(self, roots: Roots, merging: Merging, at_once: int = 2) -> None:
+        self._roots = roots
+        self._merging = merging
+        self._room = asyncio.Semaphore(at_once)
+
+    async def merge(self, request: MergeRequest) -> str:
+        """The path of the merged checkpoint.
+
+        Raises:
+            ProtocolError: the path is not there (404), is no checkpoint or cannot be merged (400), is refused (403), or the merge failed
+                (500).
+        """
+        source = await asyncio.to_thread(self._source, request)
+        target = None if request.output_path is None else await asyncio.to_thread(self._target, request.output_path, source)
+        how = self._merging
+        orders = {
+            "parent": os.getpid(),
+            "source": source,
+            "target": target,
+            "options": {
+                "checkpoint_type": request.checkpoint_type,
+                "dtype": how.dtype,
+                "hf_config": how.hf_config,
+                "tokenizer": how.tokenizer,
+                "key_map": how.key_map,
+            },
+        }
+        if target is None:
+            await asyncio.to_thread(self._check_default, source, request.checkpoint_type)
+        async with self._room:
+            told = await _in_process(orders)
+        if "path" in told:
+            return str(told["path"])
+        raise ProtocolError(str(told["detail"]), status=int(told["status"]))
+
+    def _source(self, request: MergeRequest) -> str:
+        path = self._roots.resolve(request.checkpoint_path)
+        if not os.path.lexists(path):
+            raise ProtocolError(f"{printable(path)[:500]} does not exist", status=404)
+        return path
+
+    def _target(self, output: str, source: str) -> str:
+        target = self._roots.resolve(output)
+        if inside_checkpoint(target, source):
+            raise ProtocolError(f"{printable(target)} lies inside a checkpoint, where nothing is ever written", status=400)
+        return target
+
+    def _check_default(self, source: str, variant: str) -> None:
+        """The default place is beside the checkpoint, which may be outside of the roots."""
+        try:
+            found = find_checkpoint(Path(source))
+        except CheckpointError as error:
+            raise ProtocolError(str(error), status=400) from None
+        self._roots.resolve(str(default_output(found, variant)))
+
+
+async def _in_process(orders: dict[str, Any]) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "assayer.server.merging",
+        json.dumps(orders),
+        cwd=PACKAGE_PARENT,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        output, errors = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        raise
+    try:
+        told: dict[str, Any] = json.loads(output)
+        return told
+    except ValueError:
+        lines = errors.decode(errors="replace").strip().splitlines()
+        why = printable(lines[-1])[:500] if lines else f"it ended with code {process.returncode}"
+        return {"status": 500, "detail": f"Merge failed: {why}"}
+
+
+def _merged(orders: dict[str, Any]) -> dict[str, Any]:
+    """What the process tells: the path, or a status and a sentence."""
+    try:
+        found = find_checkpoint(Path(orders["source"]))
+        options = Options(**orders["options"])
+        output = Path(orders["target"]) if orders["target"] else default_output(found, options.checkpoint_type)
+        return {"path": str(run(found, output, options).path)}
+    except StateError as error:
+        return {"status": 500, "detail": f"Merge failed: {error}"}
+    except AssayerError as error:
+        return {"status": 400, "detail": str(error)}
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    die_with_parent(given["parent"])
+    # A training run on this machine goes first.
+    os.nice(5)
+    print(json.dumps(_merged(given)))

@@ -1,0 +1,174 @@
+"""The server's process: listens, answers, cares for what jobs have left, and ends within a second when it is told to."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import resource
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import redis
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from assayer.errors import StateError
+from assayer.files import printable
+from assayer.queues.stop import stop_orders
+from assayer.server.app import application
+from assayer.server.desk import Desk
+from assayer.server.merging import Merger
+from assayer.server.models import cached_tasks, keep_tasks, task_names, task_question
+
+__all__ = ["bind", "serve"]
+
+logger = logging.getLogger(__name__)
+
+# Seconds: that a client may take for its first request's headers, that an idle connection is kept, between two sweeps, and between two
+# looks whether a shutdown was ordered.
+HEADERS_TIMEOUT = 20
+KEEP_ALIVE = 75
+SWEEP = 30.0
+LOOK = 0.5
+
+
+class _Impatient(H11Protocol):
+    """Closes a connection on which no request has come to its end in time: a slow client takes no place for ever."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(HEADERS_TIMEOUT, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        begun: object = self.cycle
+        if begun is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        StateError: the port is taken, or the address is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(1024)
+        return listening
+    except OSError as error:
+        reason = error.strerror or error
+        raise StateError(f"cannot listen on {printable(host)}:{port} ({reason}); give another --host or --port") from None
+
+
+def serve(desk: Desk, listening: socket.socket, token: str | None, state: Path, ready: Callable[[], None], queues: list[str]) -> bool:
+    """Answers until it is told to end; True when a shutdown has told so.
+
+    Args:
+        desk: does the work.
+        listening: the socket.
+        token: what every client must know; None: none.
+        state: the user's state directory.
+        ready: called once requests are answered.
+        queues: whose order to stop is heeded.
+    """
+    with contextlib.suppress(ValueError, OSError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return asyncio.run(_serve(desk, listening, token, state, ready, queues))
+
+
+async def _serve(
+    desk: Desk, listening: socket.socket, token: str | None, state: Path, ready: Callable[[], None], queues: list[str]
+) -> bool:
+    loop = asyncio.get_running_loop()
+    tasks: asyncio.Future[list[str]] = loop.create_future()
+    app = application(desk, Merger(desk.rules.roots, desk.rules.merging), tasks, token)
+    server = uvicorn.Server(_config(app))
+    ended = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            loop.add_signal_handler(number, ended.set)
+    # uvicorn's own handlers would raise the signal again behind the end.
+    running = asyncio.create_task(server._serve([listening]))
+    beside = [asyncio.create_task(_read_tasks(tasks, state, desk.rules.include_path)), asyncio.create_task(_sweep(desk))]
+    while not server.started and not running.done():
+        await asyncio.sleep(0.01)
+    if server.started:
+        ready()
+    ordered = asyncio.create_task(_ordered(desk, queues, ended))
+    await asyncio.wait([asyncio.create_task(ended.wait()), running], return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    for task in (*beside, ordered):
+        task.cancel()
+    await running
+    was_ordered = ordered.done() and not ordered.cancelled() and ordered.result()
+    return bool(was_ordered)
+
+
+def _config(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=_Impatient,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=0,
+        backlog=1024,
+    )
+
+
+async def _read_tasks(future: "asyncio.Future[list[str]]", state: Path, include_path: str | None) -> None:
+    """Asks for the names of the tasks once, in a process of its own; the next server of the same versions has them at once."""
+    path, known = await asyncio.to_thread(cached_tasks, state, include_path)
+    if known is None:
+        process = await asyncio.create_subprocess_exec(
+            *task_question(include_path),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        try:
+            output, _ = await process.communicate()
+        except asyncio.CancelledError:
+            process.kill()
+            raise
+        try:
+            known = task_names(output)
+            await asyncio.to_thread(keep_tasks, path, known)
+        except (ValueError, IndexError):
+            logger.warning("the names of the tasks could not be read")
+        except OSError as error:
+            logger.warning("the names of the tasks could not be kept: %s", error)
+    future.set_result(known or [])
+
+
+async def _sweep(desk: Desk) -> None:
+    while True:
+        try:
+            await asyncio.to_thread(desk.sweep)
+        except (redis.RedisError, OSError, json.JSONDecodeError) as error:
+            logger.warning("what jobs have left is looked for again later: %s", error)
+        await asyncio.sleep(SWEEP)
+
+
+async def _ordered(desk: Desk, queues: list[str], ended: asyncio.Event) -> bool:
+    """True as soon as a shutdown, here or on another host, has told all that serve these queues to end."""
+    before = None
+    while True:
+        with contextlib.suppress(redis.RedisError):
+            now = await asyncio.to_thread(stop_orders, desk.connection, queues)
+            if before is not None and now > before:
+                ended.set()
+                return True
+            before = now
+        await asyncio.sleep(LOOK)
