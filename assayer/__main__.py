@@ -12,6 +12,7 @@ COMMANDS = {
     "merge": "assayer.merge.command",
     "evaluate": "assayer.evaluate",
     "results": "assayer.results.command",
+    "server": "assayer.server.command",
     "status": "assayer.status",
     "shutdown": "assayer.shutdown",
 }

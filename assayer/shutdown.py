@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,21 @@ from assayer.queues import Connection, chain
 from assayer.queues.board import Board
 from assayer.queues.connect import Target, open_running, target
 from assayer.queues.embedded import Server, other_hosts
-from assayer.queues.enqueue import open_queue
+from assayer.queues.enqueue import EVALUATE, open_queue
 from assayer.queues.recover import is_dead, is_ours, our_workers, remove_waiting, return_jobs
+from assayer.queues.served import ServedJobs
 from assayer.queues.stop import order_to_stop
+from assayer.session import servers
 from assayer.worker import hold
 from assayer.worker.launch import Crew
 from assayer.worker.scratch import Scratch
+from assayer.worker.served_job import cancel
 from assayer.worker.supervise import retire_redis
 
 __all__ = ["main"]
+
+# Seconds within which a server has ended that was told to.
+SERVER_END = 10.0
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,11 @@ def main(
     if directories:
         _end_some(where, directories, now)
         return
+    _end_servers(where)
     _end_watches(where, _plans(where))
     chain.break_off(connection, watch_queue_name)
     taken = []
+    _cancel_served(where)
     for name in (watch_queue_name, eval_queue_name):
         waited = remove_waiting(open_queue(connection, name))
         _say(f"queue {name}: took {_count(len(waited), 'waiting job')} out")
@@ -94,9 +103,30 @@ def main(
         return
     # What a worker that was ended at once had in its hands went back to the queue.
     with contextlib.suppress(redis.RedisError):
+        _cancel_served(where)
         taken += remove_waiting(open_queue(connection, eval_queue_name))
     _let_go(taken, all_ended=True)
     _stop_redis(where)
+
+
+def _end_servers(where: _Where) -> None:
+    """Ends the servers of this host that work on these queues; those of others hear the order that is given to all workers."""
+    for server in servers(where.state, where.chosen.name):
+        if server["queue"] == where.eval_queue:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(server["pid"]), signal.SIGTERM)
+            _say(f"ended the server at {server['url']}")
+    deadline = time.monotonic() + SERVER_END
+    while any(server["queue"] == where.eval_queue for server in servers(where.state, where.chosen.name)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _cancel_served(where: _Where) -> None:
+    """What clients have asked for and no worker has begun is cancelled: who asks for it later is told so."""
+    jobs = ServedJobs(where.connection, where.eval_queue)
+    cancelled = [job for job in jobs.waiting() if cancel(jobs, job, force=False) == "cancelled"]
+    if cancelled:
+        _say(f"queue {where.eval_queue}: cancelled {_count(len(cancelled), 'job')} of clients")
 
 
 def _plans(where: _Where) -> list[Plan]:
@@ -134,6 +164,8 @@ def _end_some(where: _Where, directories: tuple[str, ...], now: bool) -> None:
 
     def belongs(job: Job) -> bool:
         """True for an evaluation of these watches, also one that was queued after the last look at the board."""
+        if job.func_name != EVALUATE:
+            return False
         above = [str(parent) for parent in Path(job.kwargs["checkpoint"]).parents]
         return job.id in seen or any((folder, job.kwargs["evaluator"]["name"]) in names for folder in above)
 

@@ -196,11 +196,6 @@ class ServedJobs:
         told = self.connection.eval(_CANCEL_JOB, 3, *keys, *words, int(force), _CANCEL)
         return str(told.decode())
 
-    def task(self, job: str) -> Served | None:
-        """The job as it was queued; None when it is forgotten."""
-        found = Job.fetch_many([job], connection=self.connection, serializer=self.queue.serializer)[0]
-        return Served.from_json(found.kwargs) if found is not None else None
-
     def failure(self, job: str) -> str:
         """The last line of what a job raised that RQ itself counts as failed."""
         found = Job.fetch_many([job], connection=self.connection, serializer=self.queue.serializer)[0]

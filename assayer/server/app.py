@@ -4,8 +4,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 from starlette.applications import Starlette
@@ -41,6 +42,8 @@ __all__ = ["application"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # Seconds: for a request's body to come, for the names of the tasks to be known, for a cancelled job to end.
 BODY_TIMEOUT = 20.0
 TASKS_TIMEOUT = 8.0
@@ -48,6 +51,8 @@ CANCEL_TIMEOUT = 15.0
 # Seconds after which a client that was told 503 may ask again.
 RETRY_AFTER = 5
 LIST_DEFAULT, LIST_MAX = 100, 1000
+# Threads for what touches files.
+WITH_FILES = 16
 KEY_MAX = 255
 
 
@@ -75,13 +80,17 @@ def _query(request: Request, name: str, read: Callable[[Any, tuple[str | int, ..
 
 
 class Endpoints:
-    """One method an endpoint."""
+    """One method an endpoint. What touches files has threads of its own, so that a disk that hangs keeps nobody from asking."""
 
     def __init__(self, desk: Desk, merger: Merger, tasks: "asyncio.Future[list[str]]", has_token: bool) -> None:
         self.desk = desk
         self.merger = merger
         self.tasks = tasks
         self.document = openapi(has_token)
+        self._with_files = ThreadPoolExecutor(WITH_FILES)
+
+    async def _apart(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._with_files, function, *arguments)
 
     async def health(self, request: Request) -> Response:
         size = len(await asyncio.to_thread(self.desk.jobs.waiting))
@@ -92,7 +101,7 @@ class Endpoints:
         key = request.headers.get(IDEMPOTENCY_KEY)
         if key is not None and not 1 <= len(key) <= KEY_MAX:
             raise ProtocolError(f"{IDEMPOTENCY_KEY} must have 1 to {KEY_MAX} characters")
-        return _json((await asyncio.to_thread(self.desk.submit, wanted, key)).to_json())
+        return _json((await self._apart(self.desk.submit, wanted, key)).to_json())
 
     async def job(self, request: Request) -> Response:
         return _json((await asyncio.to_thread(self.desk.info, request.path_params["job_id"])).to_json())
@@ -107,7 +116,7 @@ class Endpoints:
     async def cancel(self, request: Request) -> Response:
         job = request.path_params["job_id"]
         force = _query(request, "force", boolean, False)
-        told = await asyncio.to_thread(self.desk.cancel, job, force)
+        told = await self._apart(self.desk.cancel, job, force)
         deadline = time.monotonic() + CANCEL_TIMEOUT
         while told == "running":
             await asyncio.sleep(0.2)
@@ -140,7 +149,7 @@ class Endpoints:
 
     async def notify(self, request: Request) -> Response:
         wanted = NotifyRequest.from_json(await _body(request))
-        count = await asyncio.to_thread(self.desk.notify, wanted.directory)
+        count = await self._apart(self.desk.notify, wanted.directory)
         text = "1 watch looks now" if count == 1 else f"{count} watches look now"
         return _json(NotifyResponse(text, count).to_json())
 

@@ -102,7 +102,7 @@ def main(
     """
     try:
         from assayer.server.desk import Desk
-        from assayer.server.serve import bind, serve
+        from assayer.server.serve import bind, leave, serve
     except ImportError as error:
         raise UsageError(f"the server needs {error.name}; install it: pip install 'assayer[server]'") from None
     cwd = Path.cwd()
@@ -145,6 +145,7 @@ def main(
     elif not crew.has_plans() and crew.is_staffed():
         # They end after the running evaluation, and nobody waits for that here.
         crew.stop("warm")
+    leave()
 
 
 def _rules(flags: dict[str, Any], roots: tuple[str, ...], cwd: Path, state: Path) -> Rules:

@@ -2,24 +2,21 @@
 
 import logging
 import uuid
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rq.job import Job
-
-from assayer.errors import AssayerError, ProtocolError
+from assayer.errors import ProtocolError
 from assayer.files import printable
 from assayer.protocol import EvaluateRequest, JobInfo, JobStatus, JobSubmitResponse, QueueStatusResponse, dump
 from assayer.queues import Connection
 from assayer.queues.enqueue import is_wanted
-from assayer.queues.served import Facts, Served, ServedJobs
+from assayer.queues.served import Facts, ServedJobs
 from assayer.record import hold_folder
 from assayer.server.models import Models
 from assayer.server.order import Order, Rules, order
 from assayer.server.watches import hurry
 from assayer.worker import hold
-from assayer.worker.served_job import put_down
+from assayer.worker.served_job import cancel
 
 __all__ = ["Desk"]
 
@@ -173,27 +170,14 @@ class Desk:
         Raises:
             ProtocolError: it is not known (404), runs, or has ended (400).
         """
-        answer = {"status": "cancelled", "completed_at": datetime.now(UTC).isoformat()}
-        told = self.jobs.cancel(job, force, answer)
+        told = cancel(self.jobs, job, force)
         if told == "missing":
             raise not_found(job)
         if told == "ended":
             raise ProtocolError("Job already finished or cancelled", status=400)
         if told == "running" and not force:
             raise ProtocolError("Cannot cancel a running job", status=400)
-        if told == "cancelled":
-            self._put_down(job)
         return told
-
-    def _put_down(self, job: str) -> None:
-        queued = Job.fetch_many([job], connection=self.connection, serializer=self.jobs.queue.serializer)[0]
-        if queued is None:
-            return
-        try:
-            put_down(queued, Served.from_json(queued.kwargs))
-        except AssayerError as error:
-            # The job is cancelled all the same; what is missing is its record.
-            logger.warning("%s", error)
 
     def notify(self, directory: str) -> int:
         """Makes the watches of a directory look now, and returns how many there are.

@@ -4,8 +4,10 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from assayer.errors import AssayerError, CheckpointError, ProtocolError, StateError
 from assayer.files import printable
@@ -19,6 +21,8 @@ from assayer.worker.child import die_with_parent
 
 __all__ = ["Merger"]
 
+T = TypeVar("T")
+
 
 class Merger:
     """Merges for clients, a few at a time; others wait."""
@@ -27,6 +31,10 @@ class Merger:
         self._roots = roots
         self._merging = merging
         self._room = asyncio.Semaphore(at_once)
+        self._threads = ThreadPoolExecutor(4)
+
+    async def _apart(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     async def merge(self, request: MergeRequest) -> str:
         """The path of the merged checkpoint.
@@ -35,8 +43,8 @@ class Merger:
             ProtocolError: the path is not there (404), is no checkpoint or cannot be merged (400), is refused (403), or the merge failed
                 (500).
         """
-        source = await asyncio.to_thread(self._source, request)
-        target = None if request.output_path is None else await asyncio.to_thread(self._target, request.output_path, source)
+        source = await self._apart(self._source, request)
+        target = None if request.output_path is None else await self._apart(self._target, request.output_path, source)
         how = self._merging
         orders = {
             "parent": os.getpid(),
@@ -51,7 +59,7 @@ class Merger:
             },
         }
         if target is None:
-            await asyncio.to_thread(self._check_default, source, request.checkpoint_type)
+            await self._apart(self._check_default, source, request.checkpoint_type)
         async with self._room:
             told = await _in_process(orders)
         if "path" in told:

@@ -4,10 +4,14 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import resource
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from assayer.server.desk import Desk
 from assayer.server.merging import Merger
 from assayer.server.models import cached_tasks, keep_tasks, task_names, task_question
 
-__all__ = ["bind", "serve"]
+__all__ = ["bind", "leave", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,9 @@ HEADERS_TIMEOUT = 20
 KEEP_ALIVE = 75
 SWEEP = 30.0
 LOOK = 0.5
+# Seconds that requests in hand may take when the server is told to end, and threads that ask Redis side by side.
+LEAVE = 0.4
+QUICK = 8
 
 
 class _Impatient(H11Protocol):
@@ -81,7 +88,24 @@ def serve(desk: Desk, listening: socket.socket, token: str | None, state: Path, 
     with contextlib.suppress(ValueError, OSError):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return asyncio.run(_serve(desk, listening, token, state, ready, queues))
+    loop = asyncio.new_event_loop()
+    # What asks Redis alone; what touches files, which may hang, has threads of its own.
+    loop.set_default_executor(ThreadPoolExecutor(QUICK))
+    try:
+        return loop.run_until_complete(_serve(desk, listening, token, state, ready, queues))
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+
+def leave() -> None:
+    """Ends the process at once where a thread still waits for a disk that does not answer; Python itself would wait for it."""
+    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 async def _serve(
@@ -107,7 +131,8 @@ async def _serve(
     server.should_exit = True
     for task in (*beside, ordered):
         task.cancel()
-    await running
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(running), LEAVE)
     was_ordered = ordered.done() and not ordered.cancelled() and ordered.result()
     return bool(was_ordered)
 
@@ -122,7 +147,6 @@ def _config(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=0,
         backlog=1024,
     )
 

@@ -31,7 +31,7 @@ from assayer.worker.call import Call, Outcome
 from assayer.worker.merging import REFUSED, UNREADABLE, NotMerged, scratch_of
 from assayer.worker.weights import changed, changed_for_good, hold_of, source_of
 
-__all__ = ["evaluate", "place_of", "put_down"]
+__all__ = ["cancel", "evaluate", "place_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,22 @@ def place_of(task: Served) -> Place:
     return Place.of_job(task.job, task.evaluator.name, task.checkpoint or None, task.results_dir, task.weights)
 
 
-def put_down(job: Job, task: Served) -> None:
+def cancel(jobs: ServedJobs, job_id: str, force: bool) -> str:
+    """``cancelled``: it waited, and is taken off the queue and recorded; ``running``: it runs (with ``force`` it is told to end);
+    ``ended``; ``missing``."""
+    told = jobs.cancel(job_id, force, {"status": "cancelled", "completed_at": now_utc()})
+    if told == "cancelled":
+        (job,) = Job.fetch_many([job_id], connection=jobs.connection, serializer=jobs.queue.serializer)
+        try:
+            if job is not None:
+                _put_down(job, Served.from_json(job.kwargs))
+        except StateError as error:
+            # It is cancelled all the same; what is missing is its record.
+            logger.warning("%s", error)
+    return told
+
+
+def _put_down(job: Job, task: Served) -> None:
     """Writes the record of a job that was cancelled while it waited, and lets go of what was held for it.
 
     Raises:
