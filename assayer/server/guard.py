@@ -1,5 +1,7 @@
 """What stands before every request: the token, where a browser may come from, and how large a body may be."""
 
+import asyncio
+import contextlib
 import hmac
 import ipaddress
 import os
@@ -18,6 +20,9 @@ __all__ = ["BODY_MAX", "Guard", "is_loopback", "read_token"]
 
 # Bytes of a request's body.
 BODY_MAX = 1 << 20
+# Bytes of a larger one that are read before it is refused, and the seconds that this may take.
+AWAY_MAX = 16 << 20
+AWAY_TIMEOUT = 5.0
 
 
 def is_loopback(host: str) -> bool:
@@ -65,6 +70,8 @@ class Guard:
         refusal = self._refusal(scope["method"], headers)
         if refusal is not None:
             status, text = refusal
+            if status == 413:
+                await _read_away(receive)
             await _answer(send, status, text)
             return
         await self.app(scope, _limited(receive), send)
@@ -114,6 +121,18 @@ def _limited(receive: Receive) -> Receive:
         return message
 
     return limited
+
+
+async def _read_away(receive: Receive) -> None:
+    """Reads what a client still sends, up to a limit: while it writes it would not see the answer."""
+    taken = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(AWAY_TIMEOUT):
+            while taken < AWAY_MAX:
+                message = await receive()
+                taken += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 async def _answer(send: Send, status: int, text: str) -> None:
