@@ -23,6 +23,7 @@ from assayer.queues.connect import Target, open_running, target
 from assayer.queues.embedded import Server, other_hosts
 from assayer.queues.enqueue import open_queue
 from assayer.queues.recover import is_dead, our_workers
+from assayer.session import servers
 from assayer.watch.explain import explain as explained
 from assayer.watch.show import BAD, Row, View, Watched, table_of
 from assayer.worker.launch import Crew
@@ -95,6 +96,7 @@ def gather(connection: Connection | None, state: Path, chosen: Target, queues: l
     shown = View(connection).watched(plans) if connection is not None else [Watched([], "", 0) for _ in plans]
     watches = [_watch(connection, plan, one) for plan, one in zip(plans, shown, strict=True)]
     told: dict[str, Any] = {"redis": chosen.name, "running": connection is not None, "watches": watches}
+    told["servers"] = servers(state, chosen.name)
     told["queues"] = {name: _lengths(connection, name) for name in queues} if connection is not None else {}
     told["workers"] = _workers(connection, queues) if connection is not None else []
     problems = connection.hgetall("assayer:problems") if connection is not None else {}
@@ -158,6 +160,7 @@ def _workers(connection: Connection, queues: list[str]) -> list[dict[str, Any]]:
 
 def _shown(told: dict[str, Any], limit: int | None = None) -> Group:
     parts: list[Any] = [Text(f"Redis: {told['redis']}" + ("" if told["running"] else " (does not run: nothing is watched, nothing waits)"))]
+    parts += [Text(f"server: {printable(str(server['url']))}, pid {server['pid']}") for server in told["servers"]]
     if told["queues"]:
         lengths = {n: f"{q['queued']} queued, {q['started']} started, {q['scheduled']} scheduled" for n, q in told["queues"].items()}
         parts.append(_two_columns("queue", lengths))

@@ -67,7 +67,7 @@ def evaluate(
         include_path: a folder of more tasks (YAML).
         apply_chat_template: whether questions are put as the tokenizer's chat template says.
         log_samples: whether samples are written to ``samples_path``.
-        predict_only: whether answers are only generated (with ``log_samples``), and not measured.
+        predict_only: whether answers are only kept as samples, and not measured; the metric is then how many there are, ``predicted``.
         model: the kind of lm-eval's model: hf, vllm, ...
         model_args: more for that model, and ``gen_kwargs`` for generation: ``name=value`` with commas between, or a dict.
         gen_kwargs: see ``model_args``.
@@ -188,9 +188,9 @@ def _measure(
 ) -> dict[str, float]:
     from lm_eval.evaluator import evaluate as measure
 
-    wanted = settings.log_samples and samples_path is not None
+    wanted = (settings.log_samples or settings.predict_only) and samples_path is not None
     # Tasks that only collect answers have no other metric.
-    collects = any("bypass" in getattr(task, "_metric_fn_list", {}) for task in loaded["tasks"].values())
+    collects = settings.predict_only or any("bypass" in getattr(task, "_metric_fn_list", {}) for task in loaded["tasks"].values())
     results = measure(
         answers, loaded, limit=settings.limit, log_samples=wanted or collects, apply_chat_template=settings.apply_chat_template
     )
@@ -198,7 +198,11 @@ def _measure(
     if wanted and samples_path is not None:
         write_samples(Path(samples_path), results["samples"])
         details["samples"] = Path(samples_path).name
-    return metrics_of(results)
+    return (
+        {f"{task}/predicted": float(len(found)) for task, found in results["samples"].items()}
+        if settings.predict_only
+        else metrics_of(results)
+    )
 
 
 def _given_tokenizer(settings: Settings) -> str | None:

@@ -37,6 +37,7 @@ from assayer.server.desk import Desk
 from assayer.server.guard import Guard, TooLarge
 from assayer.server.merging import Merger
 from assayer.server.schema import openapi, page
+from assayer.server.tasks import Tasks
 
 __all__ = ["application"]
 
@@ -46,7 +47,7 @@ T = TypeVar("T")
 
 # Seconds: for a request's body to come, for the names of the tasks to be known, for a cancelled job to end.
 BODY_TIMEOUT = 20.0
-TASKS_TIMEOUT = 8.0
+TASKS_TIMEOUT = 60.0
 CANCEL_TIMEOUT = 15.0
 # Seconds after which a client that was told 503 may ask again.
 RETRY_AFTER = 5
@@ -82,7 +83,7 @@ def _query(request: Request, name: str, read: Callable[[Any, tuple[str | int, ..
 class Endpoints:
     """One method an endpoint. What touches files has threads of its own, so that a disk that hangs keeps nobody from asking."""
 
-    def __init__(self, desk: Desk, merger: Merger, tasks: "asyncio.Future[list[str]]", has_token: bool) -> None:
+    def __init__(self, desk: Desk, merger: Merger, tasks: Tasks, has_token: bool) -> None:
         self.desk = desk
         self.merger = merger
         self.tasks = tasks
@@ -136,7 +137,7 @@ class Endpoints:
     async def list_tasks(self, request: Request) -> Response:
         try:
             async with asyncio.timeout(TASKS_TIMEOUT):
-                return _json({"tasks": await asyncio.shield(self.tasks)})
+                return _json({"tasks": await self.tasks.names()})
         except TimeoutError:
             raise ProtocolError("the names of the tasks are still being read; ask again", status=503) from None
 
@@ -191,7 +192,7 @@ async def _gone(request: Request, error: Exception) -> Response:
     return Response(status_code=408)
 
 
-def application(desk: Desk, merger: Merger, tasks: "asyncio.Future[list[str]]", token: str | None) -> ASGIApp:
+def application(desk: Desk, merger: Merger, tasks: Tasks, token: str | None) -> ASGIApp:
     """The whole application, behind its guard."""
     ends = Endpoints(desk, merger, tasks, token is not None)
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [

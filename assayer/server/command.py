@@ -16,6 +16,7 @@ from assayer.merge.names import KEY_MAPS, key_map
 from assayer.merge.run import size_in_bytes
 from assayer.plan import Merging, state_directory
 from assayer.queues.connect import connect, open_target, target
+from assayer.queues.embedded import Server
 from assayer.server.guard import is_loopback, read_token
 from assayer.server.models import OFFERED, Models, parse_models
 from assayer.server.order import Rules
@@ -139,7 +140,13 @@ def main(
             click.echo(f"serving {url} ({chosen.name})" + (f", starting workers: {', '.join(s.label for s in missing)}" if missing else ""))
             sys.stdout.flush()
 
-        ordered = serve(desk, listening, token, state, ready, [eval_queue_name])
+        def care() -> None:
+            if slots:
+                crew.start_supervisor()
+            elif chosen.embedded:
+                Server(state).start()
+
+        ordered = serve(desk, listening, token, state, ready, care, [eval_queue_name])
     if ordered:
         _say("ended by assayer.shutdown")
     elif not crew.has_plans() and crew.is_staffed():

@@ -2,24 +2,20 @@
 
 import ast
 import difflib
-import json
-import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from assayer import refs
 from assayer.errors import EvaluatorError, UsageError
-from assayer.files import digest, printable, read_json, write_json
+from assayer.files import printable
 from assayer.plan import Evaluator
 from assayer.protocol import EvaluateRequest
 from assayer.refs import PACKAGE_PARENT, Reference
 
-__all__ = ["Model", "Models", "parse_models", "task_names", "task_question"]
+__all__ = ["OFFERED", "Model", "Models", "parse_models"]
 
 # The fields of a request that an evaluator of one's own is given if it names them.
 OFFERED = tuple(EvaluateRequest.__dataclass_fields__)
@@ -110,51 +106,3 @@ def _words_of(table: ast.Dict, aliases: bool) -> set[str]:
     keys = {node.value for node in table.keys if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     inner = {node.value for value in table.values for node in ast.walk(value) if isinstance(node, ast.Constant)} if aliases else set()
     return keys | {word for word in inner if isinstance(word, str)}
-
-
-# Asked in a process of its own, since each takes seconds to import: the names of its tasks, on one line.
-_ASK = """
-import contextlib, io, json, sys
-names = set()
-for package in ("lm_eval", "lmms_eval"):
-    with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
-        tasks = __import__(package + ".tasks", fromlist=["TaskManager"])
-        names |= set(map(str, tasks.TaskManager().all_tasks))
-        if package == "lm_eval" and sys.argv[1]:
-            names |= set(map(str, tasks.TaskManager(include_path=sys.argv[1], include_defaults=False).all_tasks))
-print("\\n" + json.dumps(sorted(names)))
-"""
-
-
-def task_question(include_path: str | None) -> list[str]:
-    """The command whose last line of output is the JSON list of all task names."""
-    return [sys.executable, "-c", _ASK, include_path or ""]
-
-
-def task_names(output: bytes) -> list[str]:
-    """The names in what ``task_question`` has printed.
-
-    Raises:
-        ValueError: it printed something else.
-    """
-    return [str(name) for name in json.loads(output.strip().splitlines()[-1])]
-
-
-def cached_tasks(state: Path, include_path: str | None) -> tuple[Path, list[str] | None]:
-    """The file in which the tasks' names are kept, and what it holds; other versions and other folders have other files."""
-    told = []
-    for package in ("lm_eval", "lmms_eval"):
-        try:
-            told.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            spec = find_spec(package)
-            told.append(f"{package} {list(spec.submodule_search_locations or []) if spec else None}")
-    changed = max((os.stat(folder).st_mtime_ns for folder, _, _ in os.walk(include_path)), default=0) if include_path else 0
-    path = state / f"tasks-{digest(*told, include_path or '', str(changed))[:16]}.json"
-    known = read_json(path)
-    return path, known if isinstance(known, list) else None
-
-
-def keep_tasks(path: Path, names: list[str]) -> None:
-    """Keeps the tasks' names for the next server."""
-    write_json(path, names, 0o600)

@@ -115,8 +115,8 @@ def _refuse_code(request: EvaluateRequest, model: Model, rules: Rules) -> None:
             raise _refused(("model_args", "trust_remote_code"), "trust_remote_code is not allowed by this server", True)
         if re.search(r"trust_remote_code|custom_generate", request.gen_kwargs or ""):
             raise _refused(("gen_kwargs",), "trust_remote_code is not allowed by this server", request.gen_kwargs)
-    for name, text in strings_in(given):
-        if is_path(text) and name not in PATH_KEYS:
+    for text in strings_in(given):
+        if is_path(text):
             rules.roots.resolve(text)
     if model.kind == "own":
         return

@@ -56,16 +56,13 @@ def is_path(text: str) -> bool:
         return False
 
 
-def strings_in(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every string in a JSON value, with the name of the innermost field that holds it."""
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, at any depth; keys are none."""
     if isinstance(value, str):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from strings_in(inner, str(key))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from strings_in(inner, name)
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(inner)
 
 
 def inside_checkpoint(path: str, checkpoint: str) -> bool:

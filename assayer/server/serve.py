@@ -20,23 +20,24 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from assayer.errors import StateError
+from assayer.errors import AssayerError, StateError
 from assayer.files import printable
 from assayer.queues.stop import stop_orders
 from assayer.server.app import application
 from assayer.server.desk import Desk
 from assayer.server.merging import Merger
-from assayer.server.models import cached_tasks, keep_tasks, task_names, task_question
+from assayer.server.tasks import Tasks
 
 __all__ = ["bind", "leave", "serve"]
 
 logger = logging.getLogger(__name__)
 
-# Seconds: that a client may take for its first request's headers, that an idle connection is kept, between two sweeps, and between two
-# looks whether a shutdown was ordered.
+# Seconds: that a client may take for its first request's headers, that an idle connection is kept, between two sweeps, between two
+# looks whether workers and Redis are cared for, and between two whether a shutdown was ordered.
 HEADERS_TIMEOUT = 20
 KEEP_ALIVE = 75
 SWEEP = 30.0
+CARE = 2.0
 LOOK = 0.5
 # Seconds that requests in hand may take when the server is told to end, and threads that ask Redis side by side.
 LEAVE = 0.4
@@ -74,7 +75,15 @@ def bind(host: str, port: int) -> socket.socket:
         raise StateError(f"cannot listen on {printable(host)}:{port} ({reason}); give another --host or --port") from None
 
 
-def serve(desk: Desk, listening: socket.socket, token: str | None, state: Path, ready: Callable[[], None], queues: list[str]) -> bool:
+def serve(
+    desk: Desk,
+    listening: socket.socket,
+    token: str | None,
+    state: Path,
+    ready: Callable[[], None],
+    care: Callable[[], None],
+    queues: list[str],
+) -> bool:
     """Answers until it is told to end; True when a shutdown has told so.
 
     Args:
@@ -83,6 +92,7 @@ def serve(desk: Desk, listening: socket.socket, token: str | None, state: Path, 
         token: what every client must know; None: none.
         state: the user's state directory.
         ready: called once requests are answered.
+        care: called every few seconds; starts again what was killed.
         queues: whose order to stop is heeded.
     """
     with contextlib.suppress(ValueError, OSError):
@@ -92,7 +102,7 @@ def serve(desk: Desk, listening: socket.socket, token: str | None, state: Path, 
     # What asks Redis alone; what touches files, which may hang, has threads of its own.
     loop.set_default_executor(ThreadPoolExecutor(QUICK))
     try:
-        return loop.run_until_complete(_serve(desk, listening, token, state, ready, queues))
+        return loop.run_until_complete(_serve(desk, listening, token, state, ready, care, queues))
     finally:
         for task in asyncio.all_tasks(loop):
             task.cancel()
@@ -109,10 +119,16 @@ def leave() -> None:
 
 
 async def _serve(
-    desk: Desk, listening: socket.socket, token: str | None, state: Path, ready: Callable[[], None], queues: list[str]
+    desk: Desk,
+    listening: socket.socket,
+    token: str | None,
+    state: Path,
+    ready: Callable[[], None],
+    care: Callable[[], None],
+    queues: list[str],
 ) -> bool:
     loop = asyncio.get_running_loop()
-    tasks: asyncio.Future[list[str]] = loop.create_future()
+    tasks = Tasks(state, desk.rules.include_path)
     app = application(desk, Merger(desk.rules.roots, desk.rules.merging), tasks, token)
     server = uvicorn.Server(_config(app))
     ended = asyncio.Event()
@@ -121,7 +137,7 @@ async def _serve(
             loop.add_signal_handler(number, ended.set)
     # uvicorn's own handlers would raise the signal again behind the end.
     running = asyncio.create_task(server._serve([listening]))
-    beside = [asyncio.create_task(_read_tasks(tasks, state, desk.rules.include_path)), asyncio.create_task(_sweep(desk))]
+    beside = [asyncio.create_task(_sweep(desk)), asyncio.create_task(_care(care)), asyncio.create_task(tasks.names())]
     while not server.started and not running.done():
         await asyncio.sleep(0.01)
     if server.started:
@@ -151,31 +167,6 @@ def _config(app: ASGIApp) -> uvicorn.Config:
     )
 
 
-async def _read_tasks(future: "asyncio.Future[list[str]]", state: Path, include_path: str | None) -> None:
-    """Asks for the names of the tasks once, in a process of its own; the next server of the same versions has them at once."""
-    path, known = await asyncio.to_thread(cached_tasks, state, include_path)
-    if known is None:
-        process = await asyncio.create_subprocess_exec(
-            *task_question(include_path),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        try:
-            output, _ = await process.communicate()
-        except asyncio.CancelledError:
-            process.kill()
-            raise
-        try:
-            known = task_names(output)
-            await asyncio.to_thread(keep_tasks, path, known)
-        except (ValueError, IndexError):
-            logger.warning("the names of the tasks could not be read")
-        except OSError as error:
-            logger.warning("the names of the tasks could not be kept: %s", error)
-    future.set_result(known or [])
-
-
 async def _sweep(desk: Desk) -> None:
     while True:
         try:
@@ -183,6 +174,15 @@ async def _sweep(desk: Desk) -> None:
         except (redis.RedisError, OSError, json.JSONDecodeError) as error:
             logger.warning("what jobs have left is looked for again later: %s", error)
         await asyncio.sleep(SWEEP)
+
+
+async def _care(care: Callable[[], None]) -> None:
+    while True:
+        try:
+            await asyncio.to_thread(care)
+        except (AssayerError, OSError) as error:
+            logger.warning("%s", error)
+        await asyncio.sleep(CARE)
 
 
 async def _ordered(desk: Desk, queues: list[str], ended: asyncio.Event) -> bool:

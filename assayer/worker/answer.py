@@ -87,7 +87,7 @@ def evaluate(
         "original_path": original_path,
         "weights": weights,
         "output_dir": output_dir,
-        "samples_path": samples_path if request["log_samples"] else None,
+        "samples_path": samples_path if request["log_samples"] or request["predict_only"] else None,
         "progress": progress,
         "details": told,
     }

@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import pytest
 import torch
 from asking import Server, a_house, served
-from conftest import House, until
+from conftest import until
 from samples_of_trainers import TWO, expected, sample
 
 from assayer.merge.state_dict import load_state_dict
@@ -159,9 +159,7 @@ def test_a_key_makes_two_submissions_one_job(server: Server) -> None:
 
 def test_a_reused_output_directory_never_returns_an_earlier_jobs_results(server: Server, tmp_path: Path) -> None:
     path, output = checkpoint(server), tmp_path / "out"
-    jobs = [
-        server.wait(server.submit("mine", tasks, model_args={"model": str(path)}, output_dir=str(output))) for tasks in (["a"], ["b"])
-    ]
+    jobs = [server.wait(server.submit("mine", tasks, model_args={"model": str(path)}, output_dir=str(output))) for tasks in (["a"], ["b"])]
     files = [Path(job["result"]["model_step5.pt"]["results"]) for job in jobs]
     assert [file.parent for file in files] == [output / "model_step5.pt"] * 2
     assert [list(json.loads(file.read_text())["results"]) for file in files] == [["a"], ["b"]]
@@ -263,6 +261,7 @@ def test_a_slow_client_keeps_nobody_waiting(server: Server) -> None:
 
 def test_models_and_pages_need_nothing_from_elsewhere(server: Server) -> None:
     assert "mine" in server.get("/models")["models"]
+    assert server.get("/tasks") == {"tasks": ["a_task"]}
     document = server.get("/openapi.json")
     assert set(document["paths"]["/jobs/{job_id}"]) == {"get", "delete"}
     with socket.create_connection(("127.0.0.1", server.port)) as connection:

@@ -1,0 +1,221 @@
+"""What a client may ask for: every word of a request is checked before it is a job."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from assayer.errors import ProtocolError
+from assayer.evaluators import lm_eval
+from assayer.plan import Evaluator
+from assayer.protocol import EvaluateRequest
+from assayer.refs import Reference
+from assayer.server.models import Model, Models, model_names
+from assayer.server.order import Order, Rules, order
+from assayer.server.paths import Roots, inside_checkpoint
+
+OWN = Model("own", Evaluator("mine", Reference("/none/e.py", "mine", "/none")))
+LMMS = Model("lmms_eval", Evaluator("qwen_vl", Reference("assayer.harness.lmms", "run", "/")))
+
+
+def rules(tmp_path: Path, **fields: Any) -> Rules:
+    return Rules(**{"roots": Roots(()), "results_dir": str(tmp_path / "results"), **fields})
+
+
+def ask(rules: Rules, model: Model = OWN, **fields: Any) -> Order:
+    request = EvaluateRequest.from_json({"model": model.evaluator.name, "tasks": ["t"], **fields})
+    return order("00000000-0000-4000-8000-000000000000", request, model, rules)
+
+
+def refusal(rules: Rules, model: Model = OWN, **fields: Any) -> tuple[int, Any]:
+    with pytest.raises(ProtocolError) as caught:
+        ask(rules, model, **fields)
+    detail = caught.value.detail
+    return caught.value.status, tuple(detail[0]["loc"]) if isinstance(detail, list) else detail
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    """A Hugging Face directory of one tensor."""
+    from safetensors.torch import save_file
+
+    path = tmp_path / "run" / "checkpoint-5"
+    path.mkdir(parents=True)
+    save_file({"w": torch.ones(2)}, path / "model.safetensors")
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def lm(name: str = "hf") -> Model:
+    found = Models({}, Path("/")).find(name)
+    assert found is not None
+    return found
+
+
+def test_models_are_known_without_importing_lm_eval() -> None:
+    import subprocess
+    import sys
+
+    assert {"hf", "vllm"} <= set(model_names("lm_eval"))
+    code = "import sys\nfrom assayer.server.models import model_names\nmodel_names('lm_eval')\nprint('lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_request_for_lm_eval_becomes_the_evaluators_arguments(tmp_path: Path, hf: Path) -> None:
+    given = {"pretrained": str(hf), "dtype": "float32", "num_gpus": 8, "batch_size": 16, "max_length": 64}
+    made = ask(rules(tmp_path), lm(), model_args=given, num_fewshot=2, limit=10, gen_kwargs="temperature=0", log_samples=False)
+    assert made.served.evaluator.arguments == {
+        "tasks": ["t"],
+        "model": "hf",
+        "num_fewshot": 2,
+        "batch_size": 16,
+        "limit": 10,
+        "gen_kwargs": "temperature=0",
+        "log_samples": False,
+        "dtype": "float32",
+        "model_args": {"max_length": 64},
+    }
+    assert (made.served.checkpoint, made.served.step, made.served.merges) == (str(hf), 5, False)
+    assert set(made.served.evaluator.arguments) <= set(lm_eval.evaluate.__kwdefaults__ or {})
+
+
+def test_the_requests_own_batch_size_counts_before_the_models(tmp_path: Path, hf: Path) -> None:
+    made = ask(rules(tmp_path), lm(), model_args={"model": str(hf), "batch_size": 256}, batch_size=1)
+    assert made.served.evaluator.arguments["batch_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "loc"),
+    [
+        ({"tasks": ["/tmp/task.yaml"]}, ("body", "tasks", 0)),
+        ({"tasks": ["x", "task.yaml"]}, ("body", "tasks", 1)),
+        ({"tasks": ["--include_path=/tmp"]}, ("body", "tasks", 0)),
+        ({"tasks": []}, ("body", "tasks")),
+        ({"include_path": "/tmp"}, ("body", "model_args", "include_path")),
+        ({"worker_cls": "os.system"}, ("body", "model_args", "worker_cls")),
+        ({"x": {"y": [{"include_path": "/tmp"}]}}, ("body", "model_args", "include_path")),
+        ({"trust_remote_code": True}, ("body", "model_args", "trust_remote_code")),
+        ({"trust_remote_code": "True"}, ("body", "model_args", "trust_remote_code")),
+        ({"gen_kwargs": "trust_remote_code=True"}, ("body", "gen_kwargs")),
+    ],
+)
+@pytest.mark.parametrize("model", ["hf", "qwen_vl"])
+def test_nothing_leads_to_code(tmp_path: Path, hf: Path, model: str, fields: dict[str, Any], loc: tuple[Any, ...]) -> None:
+    kept = {name: value for name, value in fields.items() if name in ("tasks", "gen_kwargs")}
+    given = {"pretrained": str(hf), **{name: value for name, value in fields.items() if name not in kept}}
+    chosen = LMMS if model == "qwen_vl" else lm()
+    assert refusal(rules(tmp_path), chosen, model_args=given, **kept) == (422, loc)
+
+
+def test_code_beside_a_config_is_allowed_by_the_servers_owner_alone(tmp_path: Path, hf: Path) -> None:
+    given = {"pretrained": str(hf), "trust_remote_code": True}
+    made = ask(rules(tmp_path, trust_remote_code=True), lm(), model_args=given)
+    assert made.served.evaluator.arguments["trust_remote_code"] is True
+    assert "model_args" not in made.served.evaluator.arguments
+    assert ask(rules(tmp_path), lm(), model_args={**given, "trust_remote_code": False}).served.kind == "lm_eval"
+
+
+@pytest.mark.parametrize("value", ["a,trust_remote_code=True", "a\nb", ["x", "y"], {"a": 1, "b": 2}])
+def test_a_value_for_lmms_eval_cannot_pass_for_another(tmp_path: Path, value: Any) -> None:
+    assert refusal(rules(tmp_path), LMMS, model_args={"a": value}) == (422, ("body", "model_args", "a"))
+    assert refusal(rules(tmp_path), LMMS, model_args={"a=b,c": 1})[0] == 422
+
+
+def test_the_path_of_the_checkpoint_is_found_where_clients_put_it(tmp_path: Path, hf: Path) -> None:
+    for name in ("pretrained", "model", "model_path"):
+        assert ask(rules(tmp_path), model_args={name: str(hf)}).served.checkpoint == str(hf)
+    assert ask(rules(tmp_path), lmms_engine_kwargs={"model_path": str(hf.parent)}).served.checkpoint == str(hf), "the newest in it"
+    assert ask(rules(tmp_path)).served.checkpoint == ""
+    assert ask(rules(tmp_path), model_args={"pretrained": "Qwen/Qwen2-VL-7B-Instruct"}).served.checkpoint == "", "a name on a hub"
+    assert refusal(rules(tmp_path), model_args={"pretrained": str(tmp_path / "none")})[0] == 422
+    assert refusal(rules(tmp_path), lm(), model_args={"pretrained": "gpt2"}) == (422, ("body", "model_args"))
+    assert refusal(rules(tmp_path), model_args={"pretrained": "/a\0b"})[0] == 422
+    assert refusal(rules(tmp_path), model_args={"pretrained": "/\ud800"})[0] == 422
+
+
+def test_a_folder_that_no_format_knows_is_handed_over_as_it_lies(tmp_path: Path) -> None:
+    made = ask(rules(tmp_path), model_args={"pretrained": str(tmp_path)})
+    assert (made.served.checkpoint, made.served.format, made.served.merges, made.found) == (str(tmp_path), "", False, None)
+
+
+def test_results_never_lie_inside_a_checkpoint(tmp_path: Path, hf: Path) -> None:
+    other = hf.parent / "checkpoint-6"
+    other.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (other / name).write_bytes((hf / name).read_bytes())
+    for inside in (hf, hf / "eval", other / "a" / "b"):
+        assert ask(rules(tmp_path), model_args={"model": str(hf)}, output_dir=str(inside)).served.output_dir is None
+    assert ask(rules(tmp_path), model_args={"model": str(hf)}, output_dir=str(tmp_path / "out")).served.output_dir == str(tmp_path / "out")
+    (tmp_path / "link").symlink_to(hf)
+    assert inside_checkpoint(str(tmp_path / "link" / "eval"), "")
+    assert not inside_checkpoint(str(hf.parent / "checkpoint-50"), str(hf))
+
+
+def test_a_checkpoint_that_is_not_whole_is_asked_for_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("assayer.server.order.HALF_THERE", 0.1)
+    path = tmp_path / "step_5"
+    path.mkdir()
+    (path / "__0_0.distcp").write_bytes(b"x")
+    status, said = refusal(rules(tmp_path), model_args={"pretrained": str(path)})
+    assert status == 503
+    assert "is not whole yet" in said
+
+
+def test_weights_that_are_not_there_are_refused(tmp_path: Path, hf: Path) -> None:
+    engine = {"model_path": str(hf), "checkpoint_type": "ema"}
+    assert refusal(rules(tmp_path), lmms_engine_kwargs=engine) == (422, ("body", "lmms_engine_kwargs", "checkpoint_type"))
+
+
+def test_a_record_that_cannot_be_beside_its_checkpoint_goes_elsewhere(tmp_path: Path, hf: Path) -> None:
+    made = ask(rules(tmp_path, roots=Roots((str(hf),))), model_args={"model": str(hf)})
+    assert made.served.results_dir == str(tmp_path / "results"), "evals/ would lie outside of the root"
+    assert ask(rules(tmp_path, roots=Roots((str(tmp_path),))), model_args={"model": str(hf)}).served.results_dir is None
+
+
+def test_no_request_raises_anything_but_a_refusal(tmp_path: Path, hf: Path) -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    words = st.one_of(
+        st.sampled_from(
+            [str(hf), str(tmp_path), "/", "~", "..", "", "\0", "\ud800", "/proc/self/mem", "/dev/null", "a" * 5000, f"{hf}/config.json"]
+        ),
+        st.text(max_size=8),
+    )
+    plain = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), words)
+    nested = st.recursive(
+        plain, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(words, inner, max_size=3)), max_leaves=5
+    )
+    keys = st.one_of(st.sampled_from(["pretrained", "model", "model_path", "tokenizer", "config", "batch_size", "dtype"]), words)
+    engine = st.fixed_dictionaries({"model_path": words, "output_path": st.one_of(st.none(), words)})
+    bodies = st.fixed_dictionaries(
+        {"tasks": st.lists(words, max_size=3)},
+        optional={
+            "model_args": st.dictionaries(keys, nested, max_size=4),
+            "limit": plain,
+            "num_fewshot": plain,
+            "batch_size": plain,
+            "gen_kwargs": words,
+            "output_dir": words,
+            "num_gpus": plain,
+            "lmms_engine_kwargs": engine,
+        },
+    )
+    chosen = rules(tmp_path)
+    rooted = rules(tmp_path, roots=Roots((str(tmp_path),)))
+    seen = set()
+
+    @hypothesis.settings(
+        max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    @hypothesis.given(body=bodies, model=st.sampled_from([OWN, LMMS, lm()]), which=st.sampled_from([chosen, rooted]))
+    def check(body: dict[str, Any], model: Model, which: Rules) -> None:
+        try:
+            ask(which, model, **body)
+            seen.add(200)
+        except ProtocolError as error:
+            assert error.status in (403, 422, 503)
+            seen.add(error.status)
+
+    check()
+    assert {200, 403, 422} <= seen
