@@ -22,6 +22,7 @@ FLOORS = {
     "worker": 5,
     "watch": 6,
     **dict.fromkeys(["status", "shutdown", "evaluate"], 7),
+    **dict.fromkeys(["watch", "server"], 6),
     "cli": 1,
 }
 
@@ -83,8 +84,9 @@ def test_nothing_imports_a_main_module() -> None:
 def test_no_job_function_lives_in_a_module_that_is_run() -> None:
     from assayer.queues.chain import TICK
     from assayer.queues.enqueue import EVALUATE
+    from assayer.queues.served import SERVE
 
-    for name in (TICK, EVALUATE):
+    for name in (TICK, EVALUATE, SERVE):
         assert 'if __name__ == "__main__"' not in MODULES[name.rpartition(".")[0]].read_text()
 
 
@@ -101,6 +103,8 @@ def test_no_job_function_lives_in_a_module_that_is_run() -> None:
         ),
         ("assayer.evaluate", ["torch", "redis", "rq", "transformers"]),
         *((name, ["torch", "redis", "rq"]) for name in ("assayer.record", "assayer.plan", "assayer.refs", "assayer.formats")),
+        ("assayer.server.command", ["torch", "transformers", "lm_eval", "starlette", "uvicorn"]),
+        ("assayer.worker.served_job", ["torch", "starlette"]),
         ("assayer.progress", ["torch", "numpy", "redis", "rq", "rich"]),
         *(
             (name, ["torch", "redis", "rq", "wandb", "mlflow", "tensorboard"])

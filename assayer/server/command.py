@@ -17,7 +17,7 @@ from assayer.merge.run import size_in_bytes
 from assayer.plan import Merging, state_directory
 from assayer.queues.connect import connect, open_target, target
 from assayer.queues.embedded import Server
-from assayer.server.guard import is_loopback, read_token
+from assayer.server.access import is_loopback, read_token
 from assayer.server.models import OFFERED, Models, parse_models
 from assayer.server.order import Rules
 from assayer.server.paths import Roots

@@ -3,56 +3,22 @@
 import asyncio
 import contextlib
 import hmac
-import ipaddress
-import os
 import re
-import stat
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from assayer.errors import UsageError
 from assayer.files import printable
 from assayer.protocol import dump
+from assayer.server.access import is_loopback
 
-__all__ = ["BODY_MAX", "Guard", "is_loopback", "read_token"]
+__all__ = ["BODY_MAX", "Guard", "TooLarge"]
 
 # Bytes of a request's body.
 BODY_MAX = 1 << 20
 # Bytes of a larger one that are read before it is refused, and the seconds that this may take.
 AWAY_MAX = 16 << 20
 AWAY_TIMEOUT = 5.0
-
-
-def is_loopback(host: str) -> bool:
-    """True for an address that only this machine reaches."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def read_token(path: str) -> str:
-    """The token in a file: its first line.
-
-    Raises:
-        UsageError: it cannot be read, is open to other users, or holds no token.
-    """
-    try:
-        with open(path) as file:
-            mode = os.fstat(file.fileno()).st_mode
-            token = file.readline().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UsageError(f"--token_file {printable(path)} cannot be read: {reason}") from None
-    if stat.S_ISREG(mode) and mode & 0o077:
-        raise UsageError(f"--token_file {printable(path)} can be read by other users; chmod 600 {printable(str(Path(path)))}")
-    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
-        raise UsageError(f"--token_file {printable(path)} must hold a token of at least 16 letters, digits and signs in its first line")
-    return token
 
 
 class Guard:
@@ -87,7 +53,7 @@ class Guard:
             # A page of elsewhere whose name leads here sends its own name.
             return 403, f"the host {printable(host)[:100]!r} is not served here; ask for localhost"
         origin = headers.get("origin")
-        if origin is not None and urlsplit_netloc(origin) != host:
+        if origin is not None and _netloc(origin) != host:
             return 403, "requests from another site's pages are not answered"
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return 415, "the body must be application/json"
@@ -97,7 +63,7 @@ class Guard:
         return None
 
 
-def urlsplit_netloc(origin: str) -> str | None:
+def _netloc(origin: str) -> str | None:
     """The host and port of an Origin header; None for none."""
     try:
         return urlsplit(origin).netloc or None

@@ -18,6 +18,7 @@ from rq.serializers import JSONSerializer
 from assayer.queues import Connection
 from assayer.queues.chain import TICK
 from assayer.queues.enqueue import EVALUATE, open_queue
+from assayer.queues.served import SERVE
 
 
 class Trap:
@@ -60,6 +61,7 @@ Make = Callable[[Connection, str, str, Trap], str]
 STRANGERS: dict[str, tuple[Make, str]] = {
     "another function": (lambda c, q, ours, trap: _put(c, q, ["os.system", None, [trap.program], {}]), "names os.system"),
     "a module of theirs": (lambda c, q, ours, trap: _put(c, q, ["trap.spring", None, [], {}]), "names trap.spring"),
+    "a served job's function as a method": (lambda c, q, ours, trap: _put(c, q, [SERVE, "text", [], {}]), "the job"),
     "a method": (lambda c, q, ours, trap: _put(c, q, [ours, "text", [], {}]), "no call of a function"),
     "no call": (lambda c, q, ours, trap: _put(c, q, [ours, None, "x", {}]), "no call of a function"),
     "a pickle": (lambda c, q, ours, trap: _put(c, q, trap.pickled()), "no JSON"),
@@ -102,6 +104,7 @@ def test_a_job_that_is_not_ours_is_refused_and_the_worker_lives_on(house: House,
         assert STRANGERS[name][1] in sentence, name
         assert "\n" not in sentence
         assert ours in sentence
+        assert (SERVE in sentence) is (queue == "evaluation"), "each kind of worker runs its own functions alone"
     assert not trap.mark.exists(), trap.mark.read_text()
     assert connection.llen(f"rq:queue:{queue}:intermediate") == 0
     assert connection.zcard(f"rq:wip:{queue}") <= (queue == "watch")
