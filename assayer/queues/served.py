@@ -18,7 +18,7 @@ from assayer.files import digest, printable
 from assayer.queues import Connection
 from assayer.queues.enqueue import RETRIES_OF_RQ, Task, add, arrange, open_queue
 
-__all__ = ["SERVE", "Facts", "Served", "ServedJobs", "answer", "is_cancelled"]
+__all__ = ["SERVE", "Facts", "Served", "ServedJobs", "answer", "is_cancelled", "note_undelivered"]
 
 SERVE = "assayer.worker.served_job.evaluate"
 
@@ -144,6 +144,13 @@ class ServedJobs:
         first, same = json.loads(before or said)
         return first, same == digest(content)
 
+    def release(self, key: str, job: str) -> None:
+        """Lets a client's key stand for nothing again: its request was refused."""
+        name = f"{self._prefix}:key:{digest(key)}"
+        before = self.connection.get(name)
+        if before and json.loads(before)[0] == job and not self.connection.exists(Job.key_for(job)):
+            self.connection.delete(name)
+
     def position(self, job: str) -> int | None:
         """How many waited before a job when it was queued; None when it is not known."""
         told = self.connection.hget(Job.key_for(job), _POSITION)
@@ -185,8 +192,11 @@ class ServedJobs:
     def ended(self) -> tuple[int, int]:
         """How many jobs have completed and how many have failed, of those that can still be asked for."""
         since = time.time() - KEPT
-        completed, failed = (int(self.connection.zcount(f"{self._prefix}:{word}", since, "+inf")) for word in ("completed", "failed"))
-        return completed, failed + len(self._known(self.connection.zrange(self.queue.failed_job_registry.key, 0, -1)))
+        words = ("completed", "failed", "cancelled")
+        told = {word: set(self.connection.zrangebyscore(f"{self._prefix}:{word}", since, "+inf")) for word in words}
+        # Those that RQ itself has given up have no answer.
+        lost = set(self.connection.zrange(self.queue.failed_job_registry.key, 0, -1)).difference(*told.values())
+        return len(told["completed"]), len(told["failed"]) + len(self._known(list(lost)))
 
     def cancel(self, job: str, force: bool, answer: dict[str, Any]) -> str:
         """``cancelled``: it waited and is taken off; ``running``: it runs (with ``force`` it is told to end); ``ended``; ``missing``."""
@@ -202,6 +212,20 @@ class ServedJobs:
         result = found.latest_result() if found is not None else None
         lines = ((result.exc_string if result else None) or "").strip().splitlines()
         return printable(lines[-1])[:1000] if lines else "the job ended without an outcome"
+
+    def deliver_again(self) -> None:
+        """Queues the jobs again whose outcome could not be recorded; they are not evaluated a second time."""
+        registry = self.queue.failed_job_registry.key
+        for member in self.connection.smembers(_undelivered(self.queue.name)):
+            job = member.decode()
+            if not self.connection.exists(Job.key_for(job)):
+                self.connection.srem(_undelivered(self.queue.name), job)
+            elif self.connection.zrem(registry, job):
+                with self.connection.pipeline() as pipe:
+                    pipe.hset(Job.key_for(job), "status", JobStatus.QUEUED.value)
+                    pipe.persist(Job.key_for(job))
+                    pipe.lpush(self.queue.key, job)
+                    pipe.execute()
 
     # Which holds were taken for served jobs: a job that ends without its own last step leaves its hold to the server.
 
@@ -235,7 +259,7 @@ def _facts(job: str, told: list[bytes | None], position: int | None) -> Facts | 
 
 
 def answer(job: Job, told: dict[str, Any]) -> None:
-    """Writes down what became of a job: ``status`` (completed, failed, cancelled), ``result``, ``metrics``, ``error``, ``completed_at``."""
+    """Writes down what became of a job: ``status`` (completed, failed, cancelled), ``result``, ``metrics``, ``error``, and its times."""
     connection: Connection = job.connection
     with connection.pipeline() as pipe:
         pipe.hset(job.key, _ANSWER, json.dumps(told))
@@ -243,6 +267,16 @@ def answer(job: Job, told: dict[str, Any]) -> None:
         pipe.zadd(ended, {job.id: time.time()})
         pipe.zremrangebyscore(ended, 0, time.time() - KEPT)
         pipe.execute()
+
+
+def note_undelivered(job: Job, undelivered: bool) -> None:
+    """Notes that the record of a job is still to be written, or no longer."""
+    connection: Connection = job.connection
+    (connection.sadd if undelivered else connection.srem)(_undelivered(job.origin), job.id)
+
+
+def _undelivered(queue: str | None) -> str:
+    return f"assayer:{queue}:served:undelivered"
 
 
 def is_cancelled(job: Job) -> bool:

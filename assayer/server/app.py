@@ -66,6 +66,9 @@ def _refused(error: ProtocolError) -> Response:
 
 
 async def _body(request: Request) -> Any:
+    # A page of another site can send any other kind without being asked for leave.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ProtocolError("the body must be application/json", status=415)
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
             return parse(await request.body())

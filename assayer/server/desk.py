@@ -64,7 +64,12 @@ class Desk:
                 return JobSubmitResponse.queued(job, before)
         if self.jobs.length() >= self.rules.queue_max:
             raise ProtocolError(f"{self.rules.queue_max} jobs wait already; try again later", status=503)
-        made = order(job, request, model, self.rules)
+        try:
+            made = order(job, request, model, self.rules)
+        except ProtocolError:
+            if key is not None:
+                self.jobs.release(key, job)
+            raise
         position = self.jobs.submit(made.served)
         self._hold(made)
         return JobSubmitResponse.queued(job, position)
@@ -112,7 +117,8 @@ class Desk:
         self.jobs.forget_hold(key)
 
     def sweep(self) -> None:
-        """Lets go of what jobs have left that came to no orderly end."""
+        """Lets go of what jobs have left that came to no orderly end, and queues those again whose record could not be written."""
+        self.jobs.deliver_again()
         for key, facts in self.jobs.holds().items():
             self._release(key, facts)
 
@@ -129,8 +135,9 @@ class Desk:
 
     def _info(self, facts: Facts) -> JobInfo:
         answer = facts.answer or {}
-        waits = facts.status in ("queued", "deferred", "scheduled", "created")
-        status = _STATUS.get(facts.status) or JobStatus(answer.get("status", "failed"))
+        # An answer is the last word, also while RQ still counts the job as running, or has its record to write.
+        status = JobStatus(answer["status"]) if answer else _STATUS.get(facts.status, JobStatus.FAILED)
+        waits = status == JobStatus.QUEUED
         error = answer.get("error")
         if status == JobStatus.FAILED and error is None:
             error = self.jobs.failure(facts.job).partition("Error: ")[2] or self.jobs.failure(facts.job)
@@ -138,9 +145,9 @@ class Desk:
         return JobInfo(
             job_id=facts.job,
             status=status,
-            created_at=facts.created_at,
-            started_at=None if waits else facts.started_at,
-            completed_at=(answer.get("completed_at") or facts.ended_at) if is_over else None,
+            created_at=_iso(facts.created_at) or "",
+            started_at=None if waits else answer.get("started_at") or _iso(facts.started_at),
+            completed_at=(answer.get("completed_at") or _iso(facts.ended_at)) if is_over else None,
             request=EvaluateRequest.from_json(facts.request),
             result=answer.get("result") if status == JobStatus.COMPLETED else None,
             error=error if is_over else None,
@@ -190,6 +197,11 @@ class Desk:
         if count == 0:
             raise ProtocolError(f"no watch looks at {printable(path)}", status=404)
         return count
+
+
+def _iso(moment: str | None) -> str | None:
+    """RQ's moment in the form of our own."""
+    return moment.replace("Z", "+00:00") if moment else None
 
 
 def not_found(job: str) -> ProtocolError:

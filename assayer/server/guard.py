@@ -33,7 +33,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        refusal = self._refusal(scope["method"], headers)
+        refusal = self._refusal(headers)
         if refusal is not None:
             status, text = refusal
             if status == 413:
@@ -42,7 +42,7 @@ class Guard:
             return
         await self.app(scope, _limited(receive), send)
 
-    def _refusal(self, method: str, headers: dict[str, str]) -> tuple[int, str] | None:
+    def _refusal(self, headers: dict[str, str]) -> tuple[int, str] | None:
         host = headers.get("host", "")
         if self._token is not None:
             given = headers.get("authorization", "")
@@ -55,8 +55,6 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and _netloc(origin) != host:
             return 403, "requests from another site's pages are not answered"
-        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return 415, "the body must be application/json"
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > BODY_MAX:
             return 413, f"the body is larger than {BODY_MAX} bytes"

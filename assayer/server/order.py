@@ -199,6 +199,8 @@ def _facts_of(found: Found, weights: str, request: EvaluateRequest) -> dict[str,
                 break
         except (CheckpointError, OSError) as error:
             reason = str(error)
+        if not os.path.lexists(found.checkpoint.path):
+            raise _refused(("model_args",), f"{path} was deleted", found.checkpoint.path)
         if time.monotonic() > deadline:
             raise ProtocolError(f"{path} is not whole yet: {printable(reason)}", status=503)
         time.sleep(0.1)

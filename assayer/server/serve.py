@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 # looks whether workers and Redis are cared for, and between two whether a shutdown was ordered.
 HEADERS_TIMEOUT = 20
 KEEP_ALIVE = 75
-SWEEP = 30.0
+SWEEP = 15.0
 CARE = 2.0
 LOOK = 0.5
 # Seconds that requests in hand may take when the server is told to end, and threads that ask Redis side by side.

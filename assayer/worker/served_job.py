@@ -21,7 +21,7 @@ from assayer.merge.output import part_folder
 from assayer.progress import furthest
 from assayer.progress import remove as remove_progress
 from assayer.queues.enqueue import LOST_MAX, is_wanted, note_served
-from assayer.queues.served import Served, ServedJobs, answer, is_cancelled
+from assayer.queues.served import Served, ServedJobs, answer, is_cancelled, note_undelivered
 from assayer.record import Place, Record, now_utc, read
 from assayer.refs import PACKAGE_PARENT, Reference
 from assayer.worker import child, hold
@@ -237,7 +237,8 @@ def _ended_when_cancelled(job: Job) -> Iterator[Callable[[], bool]]:
 
 
 def _deliver(job: Job, place: Place, task: Served, record: Record) -> dict[str, Any]:
-    """Writes the record and the answer. Where the record cannot be written, the answer says so, and the outcome is kept in the job."""
+    """Writes the record and the answer. Where the record cannot be written, the outcome waits in the job, and a server has it tried again;
+    whoever asked has the answer."""
     try:
         make_folder(place)
         write_json(place.record, record.to_json())
@@ -245,9 +246,11 @@ def _deliver(job: Job, place: Place, task: Served, record: Record) -> dict[str, 
         reason = error.strerror if isinstance(error, OSError) else str(error)
         text = f"cannot write {printable(str(place.record))}: {reason}"
         keep(job, outcome=asdict(record), runs=0)
-        answer(job, {**_answer(record), "error": text} | ({"status": "failed"} if record.status == "finished" else {}))
-        raise StateError(f"{text}; the outcome is kept in the job") from None
+        note_undelivered(job, True)
+        answer(job, _answer(record))
+        raise StateError(f"{text}; the outcome is kept and tried again") from None
     keep(job, runs=0)
+    note_undelivered(job, False)
     answer(job, _answer(record))
     logger.info("<- %s %s", printable(task.description), record.status)
     return record.glance()
@@ -261,6 +264,7 @@ def _answer(record: Record) -> dict[str, Any]:
         "result": told.get("result"),
         "metrics": told.get("metrics"),
         "error": None if status != "failed" else (record.error or {}).get("message") or record.status,
+        "started_at": record.started,
         "completed_at": record.ended,
     }
 

@@ -39,10 +39,16 @@ def slow(path, tasks):
         time.sleep(0.05)
     return {"slow": {"m": 1}}
 
+def blocks(path, tasks, output_dir):
+    """Where its record belongs lies a folder."""
+    os.mkdir(output_dir.removesuffix(".files") + ".json")
+    open(tasks[0], "a").write("x")
+    return {"m": 1}
+
 def fails(path, tasks):
     raise RuntimeError("no such luck\\nin two lines")
 '''
-NAMES = ("mine", "flat", "mean", "slow", "fails")
+NAMES = ("mine", "flat", "mean", "slow", "blocks", "fails")
 
 
 class Server:

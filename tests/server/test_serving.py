@@ -118,6 +118,19 @@ def test_a_failed_job_says_why_in_one_line(server: Server) -> None:
     assert server.get("/queue")["failed_jobs"] == failed + 1
 
 
+def test_an_outcome_that_cannot_be_recorded_is_answered_and_recorded_later(server: Server, tmp_path: Path) -> None:
+    path, calls = checkpoint(server), tmp_path / "calls"
+    id_ = server.submit("blocks", [str(calls)], model_args={"pretrained": str(path)})
+    job = server.wait(id_)
+    assert (job["status"], job["metrics"], job["error"]) == ("completed", {str(calls): {"m,none": 1}}, None)
+    record = path.parent / "evals" / "blocks" / f"model_step5.pt@job-{id_[:8]}.json"
+    record.rmdir()
+    until(record.is_file, what="the server has it tried again")
+    assert json.loads(record.read_text())["status"] == "finished"
+    assert server.get(f"/jobs/{id_}") == job
+    assert calls.read_text() == "x", "it is not evaluated again"
+
+
 def test_what_is_not_known_or_not_allowed_is_refused_in_upstreams_words(server: Server) -> None:
     assert server.tell("GET", "/jobs/none") == (404, {"detail": "Job none not found"})
     assert server.tell("DELETE", "/jobs/none") == (404, {"detail": "Job none not found"})
