@@ -20,9 +20,8 @@ FLOORS = {
     **dict.fromkeys(["formats", "trackers", "tracking", "results"], 3),
     "merge": 4,
     "worker": 5,
-    "watch": 6,
-    **dict.fromkeys(["status", "shutdown", "evaluate"], 7),
     **dict.fromkeys(["watch", "server"], 6),
+    **dict.fromkeys(["status", "shutdown", "evaluate"], 7),
     "cli": 1,
 }
 

@@ -30,6 +30,7 @@ _AGAIN = 1_000_000
 # Attempts that are not counted, since each got further than the one before it.
 FURTHER_MAX = 50
 
+
 def evaluate(**arguments: Any) -> Any:
     """The eval job: its record's main fields, or RQ's order to try again. ``arguments`` are those of ``Task``."""
     job = get_current_job()
