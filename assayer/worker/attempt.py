@@ -27,6 +27,9 @@ from assayer.worker.shown import shown
 
 __all__ = ["attempt", "count_run", "keep", "make_folder", "only_here", "record_of", "starting_point", "the_call"]
 
+# What decides how a checkpoint is merged; where it changes, what was begun with the other merge is no use.
+_MERGED_BY = ("dtype", "hf_config", "tokenizer", "key_map")
+
 
 @contextlib.contextmanager
 def only_here(task: Task) -> Iterator[None]:
@@ -118,6 +121,7 @@ def the_call(task: Task, place: Place, source: str, path: str) -> Call:
         samples=str(place.samples),
         progress=str(place.progress(task.identity)),
         is_ambiguous=task.weights != "regular" and is_sharded,
+        merged_by={name: getattr(task.merging, name) for name in _MERGED_BY} if task.merges else {},
     )
 
 
@@ -191,6 +195,7 @@ def record_of(task: Task, place: Place, job: Job) -> Record:
         weights=task.weights,
         evaluator=evaluator,
         status="",
+        notes=_fewer_gpus(task),
         attempts=job.meta.get("attempts", 0),
         started=now_utc(),
         host=host_name(),
@@ -198,3 +203,8 @@ def record_of(task: Task, place: Place, job: Job) -> Record:
         versions=installed_versions(),
         log=str(place.log),
     )
+
+
+def _fewer_gpus(task: Task) -> list[str]:
+    gpus = len(gpus_here())
+    return [f"{task.processes} GPUs were asked for, and its worker has {gpus}"] if gpus and gpus < task.processes else []

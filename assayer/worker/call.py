@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Call:
     progress: str
     reports: str | None = None
     is_ambiguous: bool = False
+    # How the checkpoint was merged into ``path``, where it was.
+    merged_by: dict[str, Any] = field(default_factory=dict)
 
     def binding(self, world_size: int) -> Binding:
         """What must be the same for unfinished state to be taken up again."""
@@ -51,7 +53,7 @@ class Call:
             weights=self.weights,
             evaluator=self.name,
             source=self.source,
-            arguments=self.arguments,
+            arguments={**self.arguments, **{f"--{name}": value for name, value in self.merged_by.items()}},
             world_size=world_size,
         )
 

@@ -49,7 +49,7 @@ def submitted(server: EvaluationServer) -> list[str]:
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of a folder: each curve with its points."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: dict[str, list[tuple[int, float]]] = {}
     # A later event file of the run may begin at an earlier step than the one before ended: no restart of the training is in that.
