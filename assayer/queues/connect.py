@@ -16,7 +16,7 @@ from assayer.files import printable
 from assayer.plan import host_name
 from assayer.queues import Connection, embedded
 
-__all__ = ["WORKER_RETRIES", "Target", "connect", "target", "without_password"]
+__all__ = ["WORKER_RETRIES", "Target", "connect", "connect_async", "target", "without_password"]
 
 # redis-py itself gives up after about 4 s, and a worker that is busy then loses its result; these last about two minutes. A command that
 # a person waits for says after about a second that nothing answers.
@@ -134,6 +134,15 @@ def connect(url: str, patience: float = 5.0, retries: int = COMMAND_RETRIES, ans
         ) from None
     limits = {} if answer is None else {"socket_timeout": answer, "socket_connect_timeout": answer}
     return redis.Redis.from_url(url, retry=Retry(_backoff(), retries), health_check_interval=30, **limits)
+
+
+def connect_async(url: str, answer: float) -> Connection:
+    """A client for an event loop, to a Redis that has answered ``connect``; each of its commands may wait ``answer`` seconds."""
+    import redis.asyncio
+    from redis.asyncio.retry import Retry as AsyncRetry
+
+    retry = AsyncRetry(_backoff(), COMMAND_RETRIES)
+    return redis.asyncio.Redis.from_url(url, retry=retry, health_check_interval=30, socket_timeout=answer, socket_connect_timeout=answer)
 
 
 def _backoff() -> ExponentialWithJitterBackoff:

@@ -158,13 +158,22 @@ class ServedJobs:
 
     def look(self, jobs: list[str]) -> list[Facts | None]:
         """What is known of each of these jobs; None of one that is none of ours, or is forgotten."""
-        names = ("status", "created_at", "started_at", "ended_at", _REQUEST, _ANSWER)
         with self.connection.pipeline(transaction=False) as pipe:
-            for job in jobs:
-                pipe.hmget(Job.key_for(job), *names)
-                pipe.lpos(self.queue.key, job)
+            self._ask(pipe, jobs)
             told = pipe.execute() if jobs else []
         return [_facts(job, told[2 * i], told[2 * i + 1]) for i, job in enumerate(jobs)]
+
+    async def look_at(self, connection: Connection, job: str) -> Facts | None:
+        """As ``look``, of one job, by a client for an event loop: what is asked most takes no thread."""
+        async with connection.pipeline(transaction=False) as pipe:
+            self._ask(pipe, [job])
+            told = await pipe.execute()
+        return _facts(job, *told)
+
+    def _ask(self, pipe: Connection, jobs: list[str]) -> None:
+        for job in jobs:
+            pipe.hmget(Job.key_for(job), "status", "created_at", "started_at", "ended_at", _REQUEST, _ANSWER)
+            pipe.lpos(self.queue.key, job)
 
     def newest(self, start: int, count: int) -> list[str]:
         """Ids of jobs, the newest first."""

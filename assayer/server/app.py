@@ -108,7 +108,7 @@ class Endpoints:
         return _json((await self._apart(self.desk.submit, wanted, key)).to_json())
 
     async def job(self, request: Request) -> Response:
-        return _json((await asyncio.to_thread(self.desk.info, request.path_params["job_id"])).to_json())
+        return _json((await self.desk.ask(request.path_params["job_id"])).to_json())
 
     async def jobs(self, request: Request) -> Response:
         status = _query(request, "status", one_of(*JobStatus), None)
@@ -124,7 +124,7 @@ class Endpoints:
         deadline = time.monotonic() + CANCEL_TIMEOUT
         while told == "running":
             await asyncio.sleep(0.2)
-            status = (await asyncio.to_thread(self.desk.info, job)).status
+            status = (await self.desk.ask(job)).status
             if is_finished(status) and status != JobStatus.CANCELLED:
                 raise ProtocolError("Job already finished or cancelled", status=400)
             if status == JobStatus.CANCELLED:

@@ -15,7 +15,7 @@ from assayer.merge.command import merge_options
 from assayer.merge.names import KEY_MAPS, key_map
 from assayer.merge.run import size_in_bytes
 from assayer.plan import Merging, state_directory
-from assayer.queues.connect import connect, open_target, target
+from assayer.queues.connect import open_target, target
 from assayer.queues.embedded import Server
 from assayer.server.access import is_loopback, read_token
 from assayer.server.models import OFFERED, Models, parse_models
@@ -27,8 +27,6 @@ from assayer.worker.launch import Crew, eval_slots
 
 __all__ = ["main"]
 
-# Seconds that one answer of Redis may take while a client waits.
-ANSWER = 5.0
 SECONDS_MAX = 10**8
 
 
@@ -134,7 +132,7 @@ def main(
         missing = crew.want(slots) if slots else []
         for line in crew.conflicts(slots):
             _say(f"warning: {line}")
-        desk = Desk(connect(chosen.url, answer=ANSWER), eval_queue_name, watch_queue_name, Models(own, cwd), rules)
+        desk = Desk(chosen.url, eval_queue_name, watch_queue_name, Models(own, cwd), rules)
 
         def ready() -> None:
             click.echo(f"serving {url} ({chosen.name})" + (f", starting workers: {', '.join(s.label for s in missing)}" if missing else ""))

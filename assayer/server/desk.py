@@ -1,5 +1,6 @@
 """What the server does with Redis and with files, away from its event loop: takes jobs in, tells of them, cancels them."""
 
+import asyncio
 import logging
 import uuid
 from pathlib import Path
@@ -9,6 +10,7 @@ from assayer.errors import ProtocolError
 from assayer.files import printable
 from assayer.protocol import EvaluateRequest, JobInfo, JobStatus, JobSubmitResponse, QueueStatusResponse, dump
 from assayer.queues import Connection
+from assayer.queues.connect import connect, connect_async
 from assayer.queues.enqueue import is_wanted
 from assayer.queues.served import Facts, ServedJobs
 from assayer.record import hold_folder
@@ -22,6 +24,8 @@ __all__ = ["Desk"]
 
 logger = logging.getLogger(__name__)
 
+# Seconds that one answer of Redis may take while a client waits.
+ANSWER = 5.0
 # What RQ calls the states of a job.
 _STATUS = {
     "queued": JobStatus.QUEUED,
@@ -36,11 +40,12 @@ _BATCH = 200
 
 
 class Desk:
-    """One server's work on one queue; every method may wait for a disk or for Redis."""
+    """One server's work on one queue; every method but ``ask`` may wait for a disk or for Redis."""
 
-    def __init__(self, connection: Connection, queue: str, watch_queue: str, models: Models, rules: Rules) -> None:
-        self.connection = connection
-        self.jobs = ServedJobs(connection, queue)
+    def __init__(self, url: str, queue: str, watch_queue: str, models: Models, rules: Rules) -> None:
+        self.connection: Connection = connect(url, answer=ANSWER)
+        self._asking: Connection = connect_async(url, ANSWER)
+        self.jobs = ServedJobs(self.connection, queue)
         self.watch_queue = watch_queue
         self.models = models
         self.rules = rules
@@ -122,15 +127,17 @@ class Desk:
         for key, facts in self.jobs.holds().items():
             self._release(key, facts)
 
-    def info(self, job: str) -> JobInfo:
-        """What is known of a job.
+    async def ask(self, job: str) -> JobInfo:
+        """What is known of a job; called by an event loop.
 
         Raises:
             ProtocolError: nothing is (404).
         """
-        (facts,) = self.jobs.look([job])
+        facts = await self.jobs.look_at(self._asking, job)
         if facts is None:
             raise not_found(job)
+        if facts.status == "failed" and facts.answer is None:
+            return await asyncio.to_thread(self._info, facts)
         return self._info(facts)
 
     def _info(self, facts: Facts) -> JobInfo:
