@@ -136,13 +136,27 @@ def connect(url: str, patience: float = 5.0, retries: int = COMMAND_RETRIES, ans
     return redis.Redis.from_url(url, retry=Retry(_backoff(), retries), health_check_interval=30, **limits)
 
 
-def connect_async(url: str, answer: float) -> Connection:
-    """A client for an event loop, to a Redis that has answered ``connect``; each of its commands may wait ``answer`` seconds."""
+def connect_async(url: str, answer: float, connections: int = 4) -> Connection:
+    """A client for an event loop, to a Redis that has answered ``connect``.
+
+    Args:
+        url: as for ``connect``.
+        answer: seconds that each of its commands may wait.
+        connections: how many it has; who finds none free waits, since a crowd that opens one each would only be slower.
+    """
     import redis.asyncio
     from redis.asyncio.retry import Retry as AsyncRetry
 
-    retry = AsyncRetry(_backoff(), COMMAND_RETRIES)
-    return redis.asyncio.Redis.from_url(url, retry=retry, health_check_interval=30, socket_timeout=answer, socket_connect_timeout=answer)
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        url,
+        max_connections=connections,
+        timeout=answer,
+        retry=AsyncRetry(_backoff(), COMMAND_RETRIES),
+        health_check_interval=30,
+        socket_timeout=answer,
+        socket_connect_timeout=answer,
+    )
+    return redis.asyncio.Redis(connection_pool=pool)
 
 
 def _backoff() -> ExponentialWithJitterBackoff:

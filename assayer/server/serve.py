@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -49,7 +50,12 @@ class _Impatient(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(HEADERS_TIMEOUT, self._close_if_silent)
+        self._patience = self.loop.call_later(HEADERS_TIMEOUT, self._close_if_silent)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # A timer that waits would keep all that belongs to the connection.
+        self._patience.cancel()
+        super().connection_lost(exc)
 
     def _close_if_silent(self) -> None:
         begun: object = self.cycle
@@ -140,6 +146,9 @@ async def _serve(
     beside = [asyncio.create_task(_sweep(desk)), asyncio.create_task(_care(care)), asyncio.create_task(tasks.names())]
     while not server.started and not running.done():
         await asyncio.sleep(0.01)
+    # What was imported is never garbage: to look through it again and again would stop all answers for a while.
+    gc.collect()
+    gc.freeze()
     if server.started:
         ready()
     ordered = asyncio.create_task(_ordered(desk, queues, ended))
