@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def curves(output: Path) -> dict[str, dict[int, float]]:
