@@ -44,7 +44,6 @@ def test_each_record_is_one_point_also_those_that_were_there_and_over_restarts(h
     house.once("--track", _tracker(house))
     # The command has waited for its points.
     assert sorted(_points(house)) == [[1, {"eval/mean": 1.0}, False], [2, {"eval/mean": 2.0}, False]]
-    house.once("--track", _tracker(house))
     house.watch("--track", _tracker(house))
     house.save("model_step3.pt", 3)
     until(lambda: _steps(house) == [1, 2, 3])
