@@ -38,11 +38,12 @@ def test_two_processes_train_under_fsdp_and_every_sharded_checkpoint_is_evaluate
 
 @pytest.fixture(scope="module")
 def corpus() -> Iterator[Any]:
-    """examples/llama/corpus.py, with a fifteenth of the standard library for its text."""
+    """examples/llama/corpus.py, with fifty modules of the standard library for its text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(LLAMA))
         module = importlib.import_module("corpus")
-        texts = [text for text in module.library()[::15] if module.END not in text]
+        whole = [text for text in module.library() if module.END not in text]
+        texts = whole[:: len(whole) // 50]
         patch.setattr(module, "library", lambda: texts)
         yield module
 

@@ -24,15 +24,17 @@ needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") i
 @contextlib.contextmanager
 def on_path(*folders: Path) -> Iterator[None]:
     """These folders' modules can be imported, and are forgotten afterwards: other examples have modules of the same names."""
-    before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
+        for name in [path.stem for folder in folders for path in folder.glob("*.py")]:
+            patch.delitem(sys.modules, name, raising=False)
+        before = set(sys.modules)
         for folder in folders:
             patch.syspath_prepend(str(folder))
         yield
-    for name in set(sys.modules) - before:
-        file = getattr(sys.modules[name], "__file__", None)
-        if file and Path(file).parent in folders:
-            del sys.modules[name]
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).parent in folders:
+                del sys.modules[name]
 
 
 def parts_of(folder: Path, *names: str) -> list[Any]:
