@@ -142,10 +142,11 @@ SECOND = """
 import sys, time, lm_eval
 from lm_eval.tasks import TaskManager
 root, names = sys.argv[1], sys.argv[2:]
+tasks = TaskManager(include_path=f"{root}/tasks")
 for name in names:
     began = time.monotonic()
     lm_eval.simple_evaluate(
-        "hf", model_args={"pretrained": f"{root}/runs/{name}"}, tasks=["next_word"], task_manager=TaskManager(include_path=f"{root}/tasks"),
+        "hf", model_args={"pretrained": f"{root}/runs/{name}"}, tasks=["next_word"], task_manager=tasks,
         batch_size=8, device="cpu",
     )
     print("seconds", time.monotonic() - began)

@@ -24,8 +24,14 @@ _BEAT = 5.0
 _warmed: set[str] = set()
 
 
+# The modules whose functions jobs name; else each job's own process would import them anew.
+_RECIPES = ("assayer.worker.eval_job", "assayer.worker.served_job")
+
+
 def preload() -> None:
-    """Imports torch, where it is installed."""
+    """Imports what every evaluation needs, and torch, where it is installed."""
+    for name in _RECIPES:
+        importlib.import_module(name)
     # Packages that ask at their import whether there is a GPU ask NVML then; CUDA's own answer would make it unusable in every child.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with contextlib.suppress(ImportError):
