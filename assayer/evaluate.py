@@ -36,7 +36,7 @@ from assayer.plan import Evaluator, host_name, state_directory
 from assayer.record import Record, installed_versions, now_utc
 from assayer.watch.ready import Seen, examine
 from assayer.worker import child, ranks
-from assayer.worker.call import Call, Outcome, clean_environment, make
+from assayer.worker.call import Call, Outcome, clean_environment
 from assayer.worker.environ import LAUNCHERS, visible_gpus
 from assayer.worker.scratch import Scratch
 
@@ -255,9 +255,7 @@ def _in_child(call: Call, launcher: str | None, processes: int) -> dict[str, Any
     logging.getLogger("assayer").addHandler(handler)
     logging.getLogger("assayer").setLevel(logging.INFO)
     clean_environment()
-    if launcher is not None:
-        return ranks.launch(call, launcher, processes).to_json()
-    return make(call, point=call.point()).to_json()
+    return ranks.called(call, launcher, processes, call.point(processes)).to_json()
 
 
 def _become_quiet() -> None:

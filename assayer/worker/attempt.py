@@ -20,13 +20,15 @@ from assayer.progress import furthest
 from assayer.queues.enqueue import Task
 from assayer.record import Place, Record, installed_versions, now_utc
 from assayer.worker import child, ranks
-from assayer.worker.call import Call, clean_environment, make
+from assayer.worker.call import Call, clean_environment
 from assayer.worker.merging import NotMerged, merge_for
 from assayer.worker.scratch import Scratch
 from assayer.worker.shown import shown
 
-__all__ = ["attempt", "count_run", "keep", "make_folder", "only_here", "record_of", "starting_point", "the_call"]
+__all__ = ["attempt", "count_run", "keep", "make_folder", "only_here", "record_of", "tries_again"]
 
+# Attempts that are not counted, since each got further than the one before it.
+FURTHER_MAX = 50
 # What decides how a checkpoint is merged; where it changes, what was begun with the other merge is no use.
 _MERGED_BY = ("dtype", "hf_config", "tokenizer", "key_map")
 
@@ -51,8 +53,9 @@ def attempt(
     source: str,
     scratch: Scratch | None,
     adapted: Callable[[Call], Call] = lambda call: call,
-) -> tuple[child.Ending, Record]:
-    """One try to evaluate, with the checkpoint merged first where that is needed; how it ended, and what the record gains by it.
+) -> tuple[child.Ending, Record, bool]:
+    """One try to evaluate, with the checkpoint merged first where that is needed: how it ended, what the record gains by it, and whether it
+    got further than the one before it.
 
     Args:
         job: the job that tries.
@@ -67,8 +70,8 @@ def attempt(
         StateError: a disk refuses.
     """
     if scratch is None:
-        ending, seconds = _timed(lambda: _call(job, task, place, base, adapted(the_call(task, place, source, source))))
-        return ending, replace(base, seconds={"evaluate": seconds})
+        (ending, further), seconds = _timed(lambda: _call(job, task, place, base, adapted(_the_call(task, place, source, source))))
+        return ending, replace(base, seconds={"evaluate": seconds}), further
     began = time.monotonic()
     name = os.path.basename(task.checkpoint)
     heading = f"merge of {printable(name)}, attempt {base.attempts} on {base.host} at {base.started}"
@@ -78,33 +81,53 @@ def attempt(
             waited = round(time.monotonic() - began, 3)
             merged = {key: value for key, value in facts.items() if key != "boot"} | {"made_now": made}
             base = replace(base, merged=merged, notes=facts["notes"], seconds={"merge": waited})
-            ending, seconds = _timed(lambda: _call(job, task, place, base, adapted(the_call(task, place, source, str(path)))))
-            return ending, replace(base, seconds={"merge": waited, "evaluate": seconds})
+            (ending, further), seconds = _timed(lambda: _call(job, task, place, base, adapted(_the_call(task, place, source, str(path)))))
+            return ending, replace(base, seconds={"merge": waited, "evaluate": seconds}), further
     except NotMerged as error:
-        return error.ending, replace(base, seconds={"merge": round(time.monotonic() - began, 3)})
+        return error.ending, replace(base, seconds={"merge": round(time.monotonic() - began, 3)}), False
     except OSError as error:
         raise StateError(f"cannot use the scratch directory {printable(str(scratch.root))}: {error.strerror}") from None
 
 
-def _timed(function: Callable[[], child.Ending]) -> tuple[child.Ending, float]:
+def tries_again(job: Job, task: Task, base: Record, error: dict[str, Any], further: bool) -> bool:
+    """True when an evaluation that ended badly is to be tried again; then the job keeps what its next attempt needs to know.
+
+    An attempt that got further than the one before it, and can be taken up where it ended, is not counted; up to a bound, since an
+    evaluator may save without ever coming further.
+    """
+    excused = job.meta.get("further", 0)
+    spared = further and excused < FURTHER_MAX
+    counted = base.attempts - spared
+    if counted > task.retries:
+        return False
+    keep(job, attempts=counted, runs=0, error=error, further=excused + spared)
+    return True
+
+
+def _timed(function: Callable[[], tuple[child.Ending, bool]]) -> tuple[tuple[child.Ending, bool], float]:
     began = time.monotonic()
     return function(), round(time.monotonic() - began, 3)
 
 
-def _call(job: Job, task: Task, place: Place, base: Record, call: Call) -> child.Ending:
+def _call(job: Job, task: Task, place: Place, base: Record, call: Call) -> tuple[child.Ending, bool]:
+    """How the call ended, and whether it got further than the point from which it went on."""
     heading = f"{task.description}, attempt {base.attempts} on {base.host} at {base.started}"
+    progress = place.progress(task.identity)
+    world_size = _world_size(task)
+    point = call.point(world_size)
     with tempfile.TemporaryDirectory(prefix="assayer-reports-") as folder:
         reported = replace(call, reports=os.path.join(folder, "reports"))
         try:
-            with shown(job, place.progress(task.identity), Path(folder, "reports")):
-                return child.run(lambda: _in_child(task, reported), place.log, task.timeout, heading)
+            with shown(job, progress, Path(folder, "reports")):
+                ending = child.run(lambda: _in_child(reported, task.launcher, world_size, point), place.log, task.timeout, heading)
         except JobTimeoutException:
-            return child.Ending(cause="timeout", message=f"did not end within {task.timeout:g} s")
+            ending = child.Ending(cause="timeout", message=f"did not end within {task.timeout:g} s")
         except OSError as error:
             raise StateError(f"cannot write {printable(str(place.log))}: {error.strerror}") from None
+    return ending, furthest(progress) > (point or 0)
 
 
-def the_call(task: Task, place: Place, source: str, path: str) -> Call:
+def _the_call(task: Task, place: Place, source: str, path: str) -> Call:
     """The call of a task's evaluator with ``path``, the merged checkpoint, or ``source`` as it lies there."""
     is_sharded = path == source and task.format != "" and formats.all_formats()[task.format].SHARDED
     return Call(
@@ -125,11 +148,6 @@ def the_call(task: Task, place: Place, source: str, path: str) -> Call:
     )
 
 
-def starting_point(task: Task, place: Place) -> int | None:
-    """From where an evaluation goes on; what does not count, or lies after it, is removed."""
-    return the_call(task, place, "", "").point(_world_size(task))
-
-
 def _world_size(task: Task) -> int:
     """With a launcher, one process for each GPU of this worker's slot, or as many as the watch says where there is none."""
     return 1 if task.launcher is None else len(gpus_here()) or task.processes
@@ -139,12 +157,9 @@ def gpus_here() -> list[str]:
     return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
 
 
-def _in_child(task: Task, call: Call) -> dict[str, Any]:
-    """What the evaluator returns, called in the child's own process, or in as many processes below it as are asked for."""
+def _in_child(call: Call, launcher: str | None, processes: int, point: int | None) -> dict[str, Any]:
     clean_environment()
-    if task.launcher is not None:
-        return ranks.launch(call, task.launcher, _world_size(task)).to_json()
-    return make(call, point=call.point()).to_json()
+    return ranks.called(call, launcher, processes, point).to_json()
 
 
 def make_folder(place: Place) -> None:

@@ -10,13 +10,12 @@ from rq.job import Job
 
 from assayer.errors import StateError
 from assayer.files import printable
-from assayer.progress import furthest
 from assayer.progress import remove as remove_progress
 from assayer.queues import Connection
 from assayer.queues.enqueue import LOST_MAX, Task, is_wanted, note_of, note_served
 from assayer.record import Place, Record, now_utc
 from assayer.worker import hold
-from assayer.worker.attempt import attempt, count_run, keep, make_folder, only_here, record_of, starting_point
+from assayer.worker.attempt import attempt, count_run, keep, make_folder, only_here, record_of, tries_again
 from assayer.worker.call import Outcome
 from assayer.worker.merging import REFUSED, UNREADABLE, scratch_of
 from assayer.worker.weights import changed, changed_for_good, hold_of, is_current, source_of
@@ -27,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 # RQ's own count of retries never decides: an attempt counts only when the evaluator itself ended badly.
 _AGAIN = 1_000_000
-# Attempts that are not counted, since each got further than the one before it.
-FURTHER_MAX = 50
 
 
 def evaluate(**arguments: Any) -> Any:
@@ -88,8 +85,7 @@ def _evaluate(job: Job, task: Task) -> Any:
     logger.info("-> %s %s running", printable(os.path.basename(task.checkpoint)), task.evaluator.name)
     base = replace(base, attempts=base.attempts + 1)
     scratch = scratch_of(job, task) if task.merges else None
-    point = starting_point(task, place)
-    ending, base = attempt(job, task, place, base, source, scratch)
+    ending, base, further = attempt(job, task, place, base, source, scratch)
     if ending.cause is None:
         told = Outcome(**ending.value)
         outcome = replace(
@@ -105,12 +101,7 @@ def _evaluate(job: Job, task: Task) -> Any:
         if ending.cause == REFUSED:
             # No attempt changes what a checkpoint holds.
             return _deliver(job, place, task, replace(base, status="failed", error=error, ended=now_utc()))
-    # An attempt that got further than the one before it, and can be taken up where it ended, is not counted; up to a bound, since an
-    # evaluator may save without ever coming further.
-    further = furthest(place.progress(task.identity)) > (point or 0) and job.meta.get("further", 0) < FURTHER_MAX
-    counted = base.attempts - further
-    if counted <= task.retries:
-        keep(job, attempts=counted, runs=0, error=error, further=job.meta.get("further", 0) + further)
+    if tries_again(job, task, base, error, further):
         logger.warning("<- %s attempt %d ended badly: %s", printable(os.path.basename(task.checkpoint)), base.attempts, ending.message)
         return Retry(max=_AGAIN)
     status = "timeout" if ending.cause == "timeout" else "failed"

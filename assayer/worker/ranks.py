@@ -20,11 +20,11 @@ from typing import Any
 from assayer.errors import EvaluatorError
 from assayer.files import locked, private_directory, read_json, write_json
 from assayer.refs import PACKAGE_PARENT
-from assayer.worker.call import Call, Outcome
+from assayer.worker.call import Call, Outcome, make
 from assayer.worker.child import EndedBadly, Ending, die_with_parent
 from assayer.worker.environ import evaluation_environment
 
-__all__ = ["launch", "private_folder", "refuse_missing"]
+__all__ = ["called", "launch", "private_folder", "refuse_missing"]
 
 # Each launcher's package, by which its extra is called, too.
 _PACKAGES = {"torchrun": "torch", "accelerate": "accelerate"}
@@ -51,7 +51,15 @@ def refuse_missing(launcher: str) -> None:
         raise EvaluatorError(f"--launcher {launcher} needs {package}, which is not installed here: pip install 'assayer[{package}]'")
 
 
-def launch(call: Call, launcher: str, processes: int) -> Outcome:
+def called(call: Call, launcher: str | None, processes: int, point: int | None) -> Outcome:
+    """What the evaluator returns, called in this process, or with a launcher in so many processes below it.
+
+    ``point``, from which it goes on, is ``call.point(processes)``, asked by whoever wants to know whether it got further.
+    """
+    return make(call, point=point) if launcher is None else launch(call, launcher, processes, point)
+
+
+def launch(call: Call, launcher: str, processes: int, point: int | None) -> Outcome:
     """Makes the call in so many processes, and returns what rank 0 returned.
 
     To be called in a process that ends with the evaluation: whatever is left of the ranks then is ended by whoever ends what is below it.
@@ -60,13 +68,13 @@ def launch(call: Call, launcher: str, processes: int) -> Outcome:
         call: what every rank calls.
         launcher: ``torchrun`` or ``accelerate``.
         processes: how many; all see the GPUs that this process sees, and LOCAL_RANK tells them apart.
+        point: from which all of them go on.
 
     Raises:
         EvaluatorError: the launcher is not installed.
         EndedBadly: a rank ended badly, the first of them; or the launcher did.
     """
     refuse_missing(launcher)
-    point = call.point(processes)
     with private_folder() as folder:
         orders = folder / "orders.json"
         write_json(orders, {"call": call.to_json(), "point": point, "launcher": launcher}, 0o600)

@@ -7,7 +7,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from rq.job import Job
 from assayer.errors import StateError
 from assayer.files import printable, write_json
 from assayer.merge.output import part_folder
-from assayer.progress import furthest
 from assayer.progress import remove as remove_progress
 from assayer.queues.enqueue import LOST_MAX, is_wanted, note_served
 from assayer.queues.served import Served, ServedJobs, answer, is_cancelled, note_undelivered
@@ -26,7 +24,7 @@ from assayer.record import Place, Record, now_utc, read
 from assayer.refs import PACKAGE_PARENT, Reference
 from assayer.worker import child, hold
 from assayer.worker.answer import ANSWER
-from assayer.worker.attempt import attempt, count_run, keep, make_folder, only_here, record_of
+from assayer.worker.attempt import attempt, count_run, keep, make_folder, only_here, record_of, tries_again
 from assayer.worker.call import Call, Outcome
 from assayer.worker.merging import REFUSED, UNREADABLE, NotMerged, scratch_of
 from assayer.worker.weights import changed, changed_for_good, hold_of, source_of
@@ -125,10 +123,9 @@ def _evaluate(job: Job, task: Served) -> Any:
 
 
 def _tried(job: Job, place: Place, task: Served, base: Record, source: str) -> Any:
-    before = furthest(place.progress(task.identity))
     scratch = scratch_of(job, task) if task.merges else None
     with _ended_when_cancelled(job) as cancelled:
-        ending, base = attempt(job, task, place, base, source, scratch, _adapted(task, base.attempts))
+        ending, base, further = attempt(job, task, place, base, source, scratch, _adapted(job, task, base.attempts))
     if ending.cause is None:
         told = Outcome(**ending.value)
         details = {**base.details, **told.details}
@@ -142,10 +139,7 @@ def _tried(job: Job, place: Place, task: Served, base: Record, source: str) -> A
         gone = changed(task, source)
         if gone:
             return _deliver(job, place, task, replace(base, status=gone.status, error=gone.error, ended=now_utc()))
-    # An attempt that got further than all before it, and can be taken up where it ended, is not counted.
-    counted = base.attempts - (furthest(place.progress(task.identity)) > before)
-    if counted <= task.retries and ending.cause != REFUSED:
-        keep(job, attempts=counted, runs=0, error=error)
+    if ending.cause != REFUSED and tries_again(job, task, base, error, further):
         logger.warning("<- %s attempt %d ended badly: %s", printable(task.description), base.attempts, ending.message)
         return Retry(max=_AGAIN)
     status = "timeout" if ending.cause == "timeout" else "failed"
@@ -164,7 +158,7 @@ def _finished(job: Job, place: Place, task: Served, source: str, outcome: Record
     return _deliver(job, place, task, outcome)
 
 
-def _adapted(task: Served, attempts: int) -> Callable[[Call], Call]:
+def _adapted(job: Job, task: Served, attempts: int) -> Callable[[Call], Call]:
     """Changes an evaluator's call into that of the wrapper, which knows what was asked for."""
 
     def adapt(call: Call) -> Call:
@@ -178,7 +172,8 @@ def _adapted(task: Served, attempts: int) -> Callable[[Call], Call]:
             "arguments": task.evaluator.arguments,
             "name": os.path.basename(task.checkpoint) or task.evaluator.name,
             "output": task.output_dir,
-            "label": f"{datetime.now():%Y%m%d_%H%M%S}_{task.job[:8]}",
+            # The same in every attempt: what was begun is taken up by the same arguments alone.
+            "label": f"{job.created_at:%Y%m%d_%H%M%S}_{task.job[:8]}",
         }
         return replace(call, reference=_WRAPPER, arguments=arguments, path=path, original_path=task.checkpoint or None)
 

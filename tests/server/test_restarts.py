@@ -40,6 +40,7 @@ def test_jobs_outlive_the_server_and_its_worker(house: House) -> None:
         assert server.wait(waiting)["status"] == "completed"
         record = json.loads((path.parent / "evals" / "slow" / f"model_step5.pt@job-{running[:8]}.json").read_text())
         assert record["attempts"] == 1, "a lost worker is nobody's fault"
+        assert Path(first + ".attempts").read_text() == "2", "what it had saved was taken up"
         # All at once, as when a machine's memory runs out; the server stays, and starts them again.
         for one, line in house.processes().items():
             if "assayer server" not in line:

@@ -96,7 +96,7 @@ def main(folder, function, arguments, launcher, processes):
     reference = refs.parse(f"{folder}/evaluators.py:{function}", Path(folder))
     places = {"output": f"{folder}/files", "samples": f"{folder}/samples", "progress": f"{folder}/progress"}
     call = Call(reference, function, arguments, folder, folder, "a" * 32, 5, "regular", None, **places)
-    ending = child.run(lambda: launch(call, launcher, processes).to_json(), Path(folder, "output"), 60, "heading")
+    ending = child.run(lambda: launch(call, launcher, processes, call.point(processes)).to_json(), Path(folder, "output"), 60, "heading")
     print(json.dumps([ending.value, ending.cause, ending.message, ending.traceback, child.descendants(os.getpid())]))
 
 main(*json.loads(sys.argv[1]))
