@@ -8,7 +8,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
+import tempfile
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from assayer.errors import StateError
 __all__ = [
     "alone",
     "digest",
+    "hold_folder_open",
     "is_locked",
     "is_open_as",
     "lock_file",
@@ -29,8 +32,10 @@ __all__ = [
     "open_file",
     "printable",
     "private_directory",
+    "private_folder",
     "read_json",
     "remove_left_over",
+    "remove_unless_held",
     "short_name",
     "try_lock",
     "write_json",
@@ -262,6 +267,46 @@ def is_open_as(descriptor: int, path: Path) -> bool:
         return os.fstat(descriptor).st_ino == path.stat().st_ino
     except FileNotFoundError:
         return False
+
+
+def hold_folder_open(folder: Path) -> int:
+    """An open descriptor of a folder that holds its lock, as long as it is open; what nobody holds was left behind."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):
+        # Where a file system has no locks, nothing is swept either.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def remove_unless_held(folder: Path) -> None:
+    """Removes a folder with all in it, unless a process of this host holds it open."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        # It is held, or its file system has no locks.
+        pass
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def private_folder(name: str) -> Iterator[Path]:
+    """A folder below ``assayer-<name>-<uid>`` of the temporary directory that only this user may enter, removed at the end; what processes
+    that were killed have left there is removed, too."""
+    root = private_directory(Path(tempfile.gettempdir()) / f"assayer-{name}-{os.getuid()}")
+    with locked(root / "lock"):
+        for left in root.iterdir():
+            if left.is_dir() and not left.is_symlink():
+                remove_unless_held(left)
+        folder = tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True)
+        descriptor = hold_folder_open(Path(folder.name))
+    try:
+        with folder:
+            yield Path(folder.name)
+    finally:
+        os.close(descriptor)
 
 
 def digest(*parts: str | bytes) -> str:

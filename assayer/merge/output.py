@@ -1,7 +1,6 @@
 """Where a merge's output lies, and how it comes there: built beside its place, flushed, and only then given its name."""
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from assayer.checkpoint import Found
 from assayer.errors import StateError
-from assayer.files import printable, short_name
+from assayer.files import hold_folder_open, printable, remove_unless_held, short_name
 from assayer.plan import host_name
 from assayer.record import run_folder
 
@@ -58,7 +57,7 @@ def part_folder(output: Path) -> Iterator[Path]:
             made = _make(output.parent)
             _sweep(output)
             part.mkdir()
-            lock = _locked(part)
+            lock = hold_folder_open(part)
         except OSError as error:
             raise StateError(f"cannot write in {printable(str(output.parent))}: {error.strerror}; give another --output_path") from None
         try:
@@ -97,28 +96,12 @@ def _part_sign() -> str:
     return f".part-{host_name()}-"
 
 
-def _locked(part: Path) -> int:
-    """An open descriptor of the folder that holds its lock, as long as this process lives: what nobody holds was left behind."""
-    descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
-    with contextlib.suppress(OSError):
-        # Where a file system has no locks, nothing is swept either.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
 def _sweep(output: Path) -> None:
     """Removes what merges of this output left that were killed on this host."""
     sign = short_name(output.name, _ENDING) + _part_sign()
     for path in output.parent.iterdir():
         if path.name.startswith(sign) and path.is_dir():
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            except OSError:
-                pass
-            finally:
-                os.close(descriptor)
+            remove_unless_held(path)
 
 
 def _flush(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +13,7 @@ from rq.timeouts import JobTimeoutException
 
 from assayer import formats, refs
 from assayer.errors import StateError
-from assayer.files import alone, printable, private_directory
+from assayer.files import alone, printable, private_directory, private_folder
 from assayer.plan import host_name, state_directory
 from assayer.progress import furthest
 from assayer.queues.enqueue import Task
@@ -115,10 +114,10 @@ def _call(job: Job, task: Task, place: Place, base: Record, call: Call) -> tuple
     progress = place.progress(task.identity)
     world_size = _world_size(task)
     point = call.point(world_size)
-    with tempfile.TemporaryDirectory(prefix="assayer-reports-") as folder:
-        reported = replace(call, reports=os.path.join(folder, "reports"))
+    with private_folder("reports") as folder:
+        reported = replace(call, reports=str(folder / "reports"))
         try:
-            with shown(job, progress, Path(folder, "reports")):
+            with shown(job, progress, folder / "reports"):
                 ending = child.run(lambda: _in_child(reported, task.launcher, world_size, point), place.log, task.timeout, heading)
         except JobTimeoutException:
             ending = child.Ending(cause="timeout", message=f"did not end within {task.timeout:g} s")

@@ -4,27 +4,23 @@ Each rank leaves word of how it ended in a private folder. The outcome is rank 0
 not that of those who missed it, nor the launcher's "exit code 1".
 """
 
-import contextlib
-import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from assayer.errors import EvaluatorError
-from assayer.files import locked, private_directory, read_json, write_json
+from assayer.files import private_folder, read_json, write_json
 from assayer.refs import PACKAGE_PARENT
 from assayer.worker.call import Call, Outcome, make
 from assayer.worker.child import EndedBadly, Ending, die_with_parent
 from assayer.worker.environ import evaluation_environment
 
-__all__ = ["called", "launch", "private_folder", "refuse_missing"]
+__all__ = ["called", "launch", "refuse_missing"]
 
 # Each launcher's package, by which its extra is called, too.
 _PACKAGES = {"torchrun": "torch", "accelerate": "accelerate"}
@@ -75,7 +71,7 @@ def launch(call: Call, launcher: str, processes: int, point: int | None) -> Outc
         EndedBadly: a rank ended badly, the first of them; or the launcher did.
     """
     refuse_missing(launcher)
-    with private_folder() as folder:
+    with private_folder("ranks") as folder:
         orders = folder / "orders.json"
         write_json(orders, {"call": call.to_json(), "point": point, "launcher": launcher}, 0o600)
         code = _wait_for(_command(launcher, processes, orders), _environment(processes))
@@ -157,34 +153,3 @@ def _fell_silent(ending: Ending) -> bool:
 
 def _name(number: int) -> str:
     return signal.Signals(number).name if number in set(signal.Signals) else str(number)
-
-
-@contextlib.contextmanager
-def private_folder() -> Iterator[Path]:
-    """A folder that only this user may enter, removed at the end; what launches that were killed have left is removed, too."""
-    root = private_directory(Path(tempfile.gettempdir()) / f"assayer-ranks-{os.getuid()}")
-    with locked(root / "lock"):
-        for left in root.iterdir():
-            if left.is_dir() and not left.is_symlink():
-                _remove_unless_held(left)
-        folder = tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True)
-        descriptor = os.open(folder.name, os.O_RDONLY | os.O_CLOEXEC)
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
-        with folder:
-            yield Path(folder.name)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_unless_held(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except OSError:
-        # It is held, or its file system has no locks.
-        pass
-    finally:
-        os.close(descriptor)

@@ -13,8 +13,8 @@ import pytest
 from conftest import REPOSITORY, House, until
 
 from assayer.errors import EvaluatorError
+from assayer.files import private_folder
 from assayer.worker import ranks
-from assayer.worker.ranks import private_folder
 
 EVALUATORS = """
 import json, os, sys, time
@@ -224,7 +224,7 @@ def test_whoever_is_killed_above_them_no_rank_stays(tmp_path: Path, monkeypatch:
     until(lambda: all(is_gone(pid) for pid in pids))
     (left,) = running.left_in_tmp()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    with private_folder() as first, private_folder() as second:
+    with private_folder("ranks") as first, private_folder("ranks") as second:
         assert sorted(running.left_in_tmp()) == sorted([first.name, second.name]), f"{left} is removed by the next launch"
     assert running.left_in_tmp() == []
 
