@@ -13,6 +13,7 @@ from typing import Any
 from assayer.client.config import EvalConfig
 from assayer.client.connection import EvalClient
 from assayer.client.courier import Courier, Patience
+from assayer.client.keeping import Keeping
 from assayer.client.mailbox import Mailbox, Order, Point
 from assayer.client.names import STYLES
 from assayer.client.pending import PendingFile
@@ -34,8 +35,8 @@ class AsyncEvaluation:
     collecting, and logs nothing twice. (A process that is killed within the milliseconds between taking a point and writing that down takes
     it again: twice the same number at the same step, rather than none.)
 
-    A checkpoint is kept from the trainer's rotation by the server, from the moment its submission succeeds. Until then nothing protects it:
-    one that is rotated away while the server cannot be reached is submitted all the same, and ends as failed, with a warning.
+    A checkpoint is kept from the trainer's rotation from the moment it is submitted until it has been evaluated, whether or not the server
+    can be reached: its model files get second names (hard links) below ``evals/.hold``, and the server is told those.
 
     Args:
         config: ``EvalConfig``, or LMMs-Engine's ``eval_config`` as a dictionary.
@@ -47,6 +48,8 @@ class AsyncEvaluation:
         timeout: seconds for one request.
         rank: 0 for the one process that talks, in all others nothing happens; default: torch.distributed's where it is initialized, else
             the environment's ``RANK``, asked at each call.
+        hold: how many checkpoints are kept so at most, the newest; 0: none.
+        hold_min_free: the part of their file system that must be free, else no further one is kept.
         patience: see ``courier.Patience``.
     """
 
@@ -61,6 +64,8 @@ class AsyncEvaluation:
         name: str = "evaluations",
         timeout: float = 30.0,
         rank: int | None = None,
+        hold: int = 8,
+        hold_min_free: float = 0.1,
         patience: Patience | None = None,
     ) -> None:
         if style not in STYLES:
@@ -77,6 +82,7 @@ class AsyncEvaluation:
         self._directory = os.getcwd()
         self._output_dir = Path(self._absolute(os.fspath(output_dir)))
         self._name, self._style, self._rank, self._patience = name, style, rank, patience or Patience()
+        self._hold, self._hold_min_free = hold, hold_min_free
         self._mailbox = Mailbox()
         self._thread: threading.Thread | None = None
 
@@ -146,7 +152,9 @@ class AsyncEvaluation:
     def _start(self) -> None:
         """Starts the thread, in the process that calls: one that was forked has none."""
         if self._thread is None or not self._thread.is_alive():
-            courier = Courier(self._mailbox, self._client, self.config, self._file(), self._style, self._patience)
+            file = self._file()
+            keeping = Keeping(file.path, self._hold, self._hold_min_free)
+            courier = Courier(self._mailbox, self._client, self.config, file, keeping, self._style, self._patience)
             self._thread = threading.Thread(target=courier.run, name="assayer-client", daemon=True)
             self._thread.start()
 

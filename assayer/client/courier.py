@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 from assayer.client.config import EvalConfig
 from assayer.client.connection import EvalClient
+from assayer.client.keeping import Keeping
 from assayer.client.mailbox import Mailbox, Point
 from assayer.client.names import named
 from assayer.client.pending import Job, PendingFile, signature_of
@@ -30,13 +32,15 @@ class Patience:
     """How long things are waited for; seconds, but for counts.
 
     ``first`` and ``most``: before a failed request is made again, doubled each time. ``lock``: for an earlier training to leave the file of
-    pending jobs. ``forgotten``: how often a job that the server lost is submitted again. ``unreadable``: how often a results file that is
-    not there (a file system that is late) is looked for.
+    pending jobs. ``absent``: for a checkpoint that is submitted before anything lies at its path, as by an asynchronous save.
+    ``forgotten``: how often a job that the server lost is submitted again. ``unreadable``: how often a results file that is not there (a
+    file system that is late) is looked for.
     """
 
     first: float = 1.0
     most: float = 60.0
     lock: float = 60.0
+    absent: float = 600.0
     forgotten: int = 3
     unreadable: int = 10
 
@@ -52,16 +56,28 @@ class _ClosedError(Exception):
 class Courier:
     """Carries orders to the server and points back; ``run`` is the thread's function."""
 
-    def __init__(self, mailbox: Mailbox, client: EvalClient, config: EvalConfig, file: PendingFile, style: str, patience: Patience) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        client: EvalClient,
+        config: EvalConfig,
+        file: PendingFile,
+        keeping: Keeping,
+        style: str,
+        patience: Patience,
+    ) -> None:
         self._mailbox = mailbox
         self._client = client
         self._config = config
         self._file = file
+        self._keeping = keeping
         self._style = style
         self._patience = patience
         self._jobs: dict[str, Job] = {}
-        # When a job is next asked for, and how often it failed in a row; of the server as a whole under "".
+        # When a job is next asked for, since when its checkpoint is waited for, and how often it failed in a row; of the server as a whole
+        # under "".
         self._due: dict[str, float] = {}
+        self._absent: dict[str, float] = {}
         self._failures: dict[str, int] = {}
         self._is_loaded = False
         self._is_dirty = False
@@ -132,6 +148,8 @@ class Courier:
             if not is_late:
                 return False
         self._jobs = {job.key: job for job in jobs}
+        if not is_late:
+            self._keeping.take_over(jobs)
         self._is_loaded = True
         self._mailbox.loaded({job.key: _words(job) for job in jobs if job.is_out})
         waiting = [job for job in jobs if job.is_out]
@@ -159,12 +177,18 @@ class Courier:
                 continue
             if twin:
                 self._drop(twin)
-            self._put(Job(order.key, order.checkpoint, order.step, order.weights, signature, sent_as=order.key))
+            job = Job(order.key, order.checkpoint, order.step, order.weights, signature, sent_as=order.key)
+            self._put(job)
+            # At once: the next save may delete it.
+            self._keeping.keep(job, self._jobs)
 
     def _drop(self, twin: Job) -> None:
         """The checkpoint was saved anew, by a training that was resumed before it: nobody waits for its earlier weights."""
         del self._jobs[twin.key]
         self._is_dirty = True
+        if twin.job_id is None:
+            # Whoever evaluates it lets go of it at the end, or the next training.
+            self._keeping.release(twin.key)
         if twin.is_out:
             logger.info("%s was saved anew: its earlier evaluation (job %s) is not waited for", twin.checkpoint, twin.job_id)
             self._mailbox.settle(twin.key, None)
@@ -172,6 +196,8 @@ class Courier:
     def _put(self, job: Job) -> None:
         self._is_dirty |= self._jobs.get(job.key) != job
         self._jobs[job.key] = job
+        if not job.is_out:
+            self._keeping.release(job.key)
 
     def _save(self) -> None:
         """Writes the file, where something has changed. A disk that is full or away is told once; all goes on in memory."""
@@ -196,6 +222,16 @@ class Courier:
 
     def _carry(self, job: Job) -> None:
         """One request for one job."""
+        if job.state == "new":
+            if not self._is_there(job):
+                self._due[job.key] = time.monotonic() + self._config.poll_interval
+                self._mailbox.tell(job.key, f"{job.checkpoint} ({job.weights}): nothing is there yet")
+                return
+            if not job.path:
+                # The same in every try, since they are one submission.
+                job = replace(job, path=self._keeping.path(job))
+                self._put(job)
+                self._save()
         try:
             changed = self._submit(job) if job.state == "new" else self._ask(job)
         except ServerError as error:
@@ -220,6 +256,13 @@ class Courier:
         else:
             logger.warning("%s (%s) has no metrics: %s", job.checkpoint, job.weights, changed.note)
             self._mailbox.settle(job.key, None)
+
+    def _is_there(self, job: Job) -> bool:
+        """True when a checkpoint can be submitted: it is kept, with what has come since the last try, or lies where it was saved; or has
+        been waited for long enough, so that the server may say what is wrong."""
+        if self._keeping.keep(job, self._jobs) or job.path or _is_anything(job.checkpoint):
+            return True
+        return time.monotonic() - self._absent.setdefault(job.key, time.monotonic()) >= self._patience.absent
 
     def _talk(self, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The answer to a request, which is made in a thread of its own: while it hangs, new orders are remembered all the same.
@@ -268,7 +311,7 @@ class Courier:
         self._mailbox.tell(job.key, f"{_words(job)} ({error})")
 
     def _submit(self, job: Job) -> Job:
-        body = self._config.request(job.checkpoint, job.weights)
+        body = self._config.request(job.path, job.weights)
         answer = self._talk(lambda: self._client.post_evaluate(body, job.sent_as))
         job_id = answer.get("job_id")
         if not isinstance(job_id, str):
@@ -300,7 +343,7 @@ class Courier:
         if job.forgotten >= self._patience.forgotten:
             return replace(job, state="ended", note=f"the server does not know job {job.job_id}, and lost it {job.forgotten} times before")
         logger.warning("the server does not know job %s of %s any more: submitted again", job.job_id, job.checkpoint)
-        return replace(job, state="new", job_id=None, sent_as=str(uuid.uuid4()), forgotten=job.forgotten + 1)
+        return replace(job, state="new", job_id=None, sent_as=str(uuid.uuid4()), path="", forgotten=job.forgotten + 1)
 
     def _completed(self, job: Job, answer: Mapping[str, Any]) -> Job:
         numbers = answer.get("metrics")
@@ -322,6 +365,16 @@ class Courier:
         if self._failures[key] < self._patience.unreadable:
             return job
         return replace(job, state="ended", note=f"job {job.job_id} completed, but its results cannot be read: {error}")
+
+
+def _is_anything(path: str) -> bool:
+    """True for a file, and for a directory with anything in it."""
+    try:
+        return bool(os.listdir(path))
+    except NotADirectoryError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def _point(job: Job) -> Point:

@@ -25,7 +25,11 @@ STATES = ("new", "submitted", "done", "logged", "ended")
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation of one checkpoint's weights. ``sent_as`` is its Idempotency-Key; ``forgotten`` counts how often the server lost it."""
+    """One evaluation of one checkpoint's weights.
+
+    ``sent_as`` is its Idempotency-Key, ``path`` the name under which the checkpoint is submitted (empty: not decided yet); ``forgotten``
+    counts how often the server lost it.
+    """
 
     key: str
     checkpoint: str
@@ -35,6 +39,7 @@ class Job:
     state: str = "new"
     job_id: str | None = None
     sent_as: str = ""
+    path: str = ""
     forgotten: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     note: str | None = None
@@ -122,5 +127,5 @@ def signature_of(checkpoint: str) -> str:
     """A digest of a checkpoint's file names, sizes and times: another one where it was saved anew; "" where it cannot be listed."""
     try:
         return list_path(checkpoint).signature()
-    except OSError:
+    except (OSError, ValueError):
         return ""

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from assayer.checkpoint import Checkpoint, Format, Found, Listing, list_path
 
-__all__ = ["all_folders", "all_formats", "identify", "identify_path", "is_merged_for", "of"]
+__all__ = ["all_folders", "all_formats", "claiming", "identify", "identify_path", "is_merged_for", "of"]
 
 # The one that Hugging Face's from_pretrained reads as it lies there.
 _HUGGING_FACE = "hf_dir"
@@ -38,16 +38,21 @@ def all_folders() -> str:
     return "|".join(f"(?:{form.FOLDERS})" for form in all_formats().values() if form.FOLDERS)
 
 
+def claiming(listing: Listing) -> str | None:
+    """The name of the narrowest format that claims this listing, by names alone; None when no format does."""
+    found = {name: form for name, form in all_formats().items() if form.claims(listing)}
+    refined = {wider for form in found.values() for wider in form.REFINES}
+    return min(found.keys() - refined, default=None)
+
+
 def identify(listing: Listing) -> Found | None:
     """The checkpoint that this listing is, by the narrowest format that claims it, with what belongs to it; None when no format does."""
-    claiming = {name: form for name, form in all_formats().items() if form.claims(listing)}
-    refined = {wider for form in claiming.values() for wider in form.REFINES}
-    narrowest = sorted(claiming.keys() - refined)
-    if not narrowest:
+    name = claiming(listing)
+    if name is None:
         return None
-    form = claiming[narrowest[0]]
+    form = all_formats()[name]
     own = listing.within(form.FOLDERS)
-    return Found(Checkpoint(listing.path, narrowest[0], form.position(own)), own)
+    return Found(Checkpoint(listing.path, name, form.position(own)), own)
 
 
 def identify_path(path: str) -> Found | None:

@@ -35,7 +35,8 @@ class Served(Task):
     """One evaluation that a client has asked for. Without a checkpoint its path is empty; without a known format, its format.
 
     ``kind`` is ``own``, ``lm_eval`` or ``lmms_eval``; ``request`` the request's JSON, all fields filled in; ``output_dir`` where the
-    results' files go (None: beside the record), ``merged_to`` where a merge is kept (None: it is not).
+    results' files go (None: beside the record), ``merged_to`` where a merge is kept (None: it is not), ``kept`` the second name under which
+    a training keeps the checkpoint until this job has ended (None: it does not).
     """
 
     job: str = ""
@@ -43,6 +44,7 @@ class Served(Task):
     request: dict[str, Any] = field(default_factory=dict)
     output_dir: str | None = None
     merged_to: str | None = None
+    kept: str | None = None
 
     @property
     def id(self) -> str:

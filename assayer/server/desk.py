@@ -6,6 +6,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from assayer import second_names
 from assayer.errors import ProtocolError
 from assayer.files import printable
 from assayer.protocol import EvaluateRequest, JobInfo, JobStatus, JobSubmitResponse, QueueStatusResponse, dump
@@ -93,12 +94,12 @@ class Desk:
         The job is queued first: a watch lets go of what no job needs.
         """
         served, found = made.served, made.found
-        if found is None or self.rules.bounds.count == 0:
+        if found is None or served.kept is not None or self.rules.bounds.count == 0:
             return
         folder = hold_folder(Path(served.checkpoint), served.results_dir)
         facts = {"path": served.checkpoint, "identity": served.identity, "results_dir": served.results_dir}
         try:
-            if not folder.parent.parent.is_dir() or hold.free_part(str(folder.parent.parent)) < self.rules.bounds.min_free:
+            if not folder.parent.parent.is_dir() or second_names.free_part(str(folder.parent.parent)) < self.rules.bounds.min_free:
                 return
             others = [held for held in hold.held_in(folder) if held.key != served.hold_id]
             size = hold.size_of(found)

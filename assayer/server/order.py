@@ -4,11 +4,11 @@ import contextlib
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from assayer import formats
+from assayer import formats, kept
 from assayer.checkpoint import Found, identity
 from assayer.errors import CheckpointError, EvaluatorError, ProtocolError
 from assayer.files import printable
@@ -67,12 +67,17 @@ def order(job: str, request: EvaluateRequest, model: Model, rules: Rules) -> Ord
     _refuse_code(request, model, rules)
     path = _checkpoint_path(request, rules.roots)
     found = _found(path, request, model) if path else None
+    second = kept.at(found.checkpoint.path) if found else None
+    if found and second:
+        # What a training keeps is still the checkpoint of its first name, which may be gone.
+        found = Found(replace(found.checkpoint, path=rules.roots.resolve(second.checkpoint)), found.listing)
     weights = request.lmms_engine_kwargs.checkpoint_type if request.lmms_engine_kwargs else "regular"
     checkpoint = found.checkpoint.path if found else path
     merged_to = _merged_to(request, checkpoint, rules.roots)
     facts: dict[str, Any] = {"format": "", "step": None, "epoch": None, "tokens": None, "identity": ""}
     if found:
-        facts = _facts_of(found, weights, request)
+        found, told = _whole(found, weights)
+        facts = _facts_of(found, told)
         facts["merges"] = formats.is_merged_for(found.checkpoint, model.kind != "own") or weights != "regular" or merged_to is not None
     elif model.kind == "lm_eval" or weights != "regular" or merged_to:
         where = printable(path) if path else "model_args names no path that"
@@ -94,6 +99,7 @@ def order(job: str, request: EvaluateRequest, model: Model, rules: Rules) -> Ord
         request=request.to_json(),
         output_dir=_output_dir(request, checkpoint, rules.roots),
         merged_to=merged_to,
+        kept=second.path if second else None,
         **facts,
     )
     return Order(served, found)
@@ -183,32 +189,38 @@ def _found(path: str, request: EvaluateRequest, model: Model) -> Found | None:
         raise _refused(("model_args",), f"{printable(path)} cannot be read: {error.strerror}", path) from None
 
 
-def _facts_of(found: Found, weights: str, request: EvaluateRequest) -> dict[str, Any]:
-    """Position, identity and signature of the weights; a checkpoint that is still being written is waited for, a little."""
-    form = formats.of(found.checkpoint)
+def _whole(found: Found, weights: str) -> tuple[Found, str]:
+    """The checkpoint as it is once it is whole, and the identity of its weights; one that is still being written is waited for, a little.
+
+    It is read where it was listed, which may be a second name.
+    """
     deadline = time.monotonic() + HALF_THERE
-    path = printable(found.checkpoint.path)
+    first, second = found.checkpoint.path, found.listing.path
+    path = printable(first)
     while True:
-        listing = found.listing
+        form, listing = formats.of(found.checkpoint), found.listing
         try:
             reason = form.missing(listing)
             if reason is None:
                 if weights not in form.variants(listing):
                     raise _refused(("lmms_engine_kwargs", "checkpoint_type"), f"{path} holds no {weights} weights", weights)
-                told = identity(listing, form.weights(listing))
-                break
+                return Found(replace(found.checkpoint, position=form.position(listing)), listing), identity(listing, form.weights(listing))
         except (CheckpointError, OSError) as error:
             reason = str(error)
-        if not os.path.lexists(found.checkpoint.path):
-            raise _refused(("model_args",), f"{path} was deleted", found.checkpoint.path)
+        if not os.path.lexists(first):
+            raise _refused(("model_args",), f"{path} was deleted", first)
         if time.monotonic() > deadline:
             raise ProtocolError(f"{path} is not whole yet: {printable(reason)}", status=503)
         time.sleep(0.1)
         with contextlib.suppress(OSError):
-            found = formats.identify_path(found.checkpoint.path) or found
-    at = form.position(listing)
+            now = formats.identify_path(second)
+            found = Found(replace(now.checkpoint, path=first), now.listing) if now else found
+
+
+def _facts_of(found: Found, told: str) -> dict[str, Any]:
+    at = found.checkpoint.position
     position = {"step": at.step, "epoch": at.epoch, "tokens": at.tokens}
-    return {"format": found.checkpoint.format, **position, "identity": told, "signature": listing.signature()}
+    return {"format": found.checkpoint.format, **position, "identity": told, "signature": found.listing.signature()}
 
 
 def _merged_to(request: EvaluateRequest, checkpoint: str, roots: Roots) -> str | None:
@@ -247,6 +259,8 @@ def _for_lm_eval(request: EvaluateRequest, rules: Rules) -> dict[str, Any]:
         ProtocolError: it does not take them.
     """
     given = dict(request.model_args or {})
+    merged = request.lmms_engine_kwargs.model_path if request.lmms_engine_kwargs else None
+    no_args = {*_NO_MODEL_ARGS, *(name for name, value in given.items() if merged is not None and value == merged)}
     arguments: dict[str, Any] = {
         "tasks": list(request.tasks),
         "model": request.model,
@@ -259,13 +273,13 @@ def _for_lm_eval(request: EvaluateRequest, rules: Rules) -> dict[str, Any]:
         "include_path": rules.include_path,
         **{name: given.get(name) for name in ("config", "tokenizer", "dtype")},
         "trust_remote_code": (not _is_false(given.get("trust_remote_code"))) or None,
-        "model_args": {name: value for name, value in given.items() if name not in _NO_MODEL_ARGS} or None,
+        "model_args": {name: value for name, value in given.items() if name not in no_args} or None,
     }
-    kept = {name: value for name, value in arguments.items() if value is not None}
+    chosen = {name: value for name, value in arguments.items() if value is not None}
     try:
-        settings_of(kept)
+        settings_of(chosen)
     except EvaluatorError as error:
         raise _refused((), str(error).removeprefix("-E "), None) from None
     except OverflowError:
         raise _refused((), "a number is too large", None) from None
-    return kept
+    return chosen

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from assayer import second_names
 from assayer.checkpoint import Found
 from assayer.files import printable
 from assayer.plan import Baseline, Plan
@@ -131,13 +132,13 @@ def _protect_folder(
     others = [p for seen in waiting[:1] for p, _ in neighbours.plans(seen.checkpoint.path) if p.results_dir == plan.results_dir]
     bounds = _bounds([plan, *others])
     sizes = {hold_key(seen.checkpoint.path, seen.identity or ""): seen for seen in waiting}
-    scarce = bounds.count > 0 and hold.free_part(str(folder.parent.parent)) < bounds.min_free
+    scarce = bounds.count > 0 and second_names.free_part(str(folder.parent.parent)) < bounds.min_free
     claimed = [(key, held.nbytes) for key, held in there.items() if held.is_claimed or key not in sizes]
     candidates = [(key, _size(seen)) for key, seen in sizes.items()]
     kept = hold.chosen(candidates, claimed, bounds)
     # Where space is scarce nothing new is held, and what was is let go until there is room: the oldest first.
     for key in reversed([key for key in sizes if key in there]):
-        is_beyond = key not in kept or (scarce and hold.free_part(str(folder.parent.parent)) < bounds.min_free)
+        is_beyond = key not in kept or (scarce and second_names.free_part(str(folder.parent.parent)) < bounds.min_free)
         if is_beyond and hold.drop(there[key]):
             del there[key]
     for key, seen in sizes.items():
@@ -168,7 +169,7 @@ def _take(seen: Seen, folder: Path, plan: Plan, state: Protection) -> None:
             state.folders.add(folder)
             logger.info("-> %s held", printable(seen.checkpoint.name))
     except OSError as error:
-        if hold.is_refusal(error):
+        if second_names.is_refusal(error):
             state.refused[folder] = (
                 f"hard links cannot be made in {printable(os.path.dirname(path))} ({error.strerror}): what waits is not held"
             )

@@ -34,11 +34,16 @@ PATH_KEYS = ("pretrained", "model", "model_path")
 Tables = dict[str, dict[str, Any]]
 
 
-def with_path(model_args: Mapping[str, Any] | None, path: str | None) -> dict[str, Any]:
-    """The model's arguments with this path in the checkpoint's place; where none led to one, as ``pretrained``."""
-    given = dict(model_args or {})
-    keys = [key for key in PATH_KEYS if isinstance(given.get(key), str)]
-    return given if path is None else {**given, (keys or [PATH_KEYS[0]])[0]: path}
+def with_path(request: Mapping[str, Any], path: str | None) -> dict[str, Any]:
+    """The model's arguments with this path in the checkpoint's place: where the path to be merged stands, whatever that is called, else
+    under the first of ``PATH_KEYS`` that is there; where none is, as ``pretrained``."""
+    given = dict(request["model_args"] or {})
+    if path is None:
+        return given
+    merged = (request.get("lmms_engine_kwargs") or {}).get("model_path")
+    keys = [key for key, value in given.items() if value == merged and merged is not None]
+    keys = keys or [key for key in PATH_KEYS if isinstance(given.get(key), str)][:1]
+    return given | dict.fromkeys(keys or PATH_KEYS[:1], path)
 
 
 def evaluate(
@@ -97,7 +102,7 @@ def evaluate(
         tables, found = _run_lmms(path, request, Path(output_dir), folder, label)
     else:
         if kind == "own":
-            fields = {**request, "model_args": with_path(request["model_args"], path)}
+            fields = {**request, "model_args": with_path(request, path)}
             returned = _called(Reference(**reference), path, {}, {**fields, **offered})
         else:
             returned = _called(Reference(**reference), path, arguments, offered)
@@ -205,7 +210,7 @@ def _run_lmms(path: str | None, request: dict[str, Any], own: Path, folder: Path
     # What an earlier attempt has left.
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    lmms.run(request, with_path(request["model_args"], path), str(work))
+    lmms.run(request, with_path(request, path), str(work))
     tables: Tables = {}
     found: dict[str, Any] = {}
     for name, (results, samples, told) in lmms.results_below(work).items():

@@ -14,6 +14,7 @@ import redis
 from rq import Retry, get_current_job
 from rq.job import Job
 
+from assayer import kept
 from assayer.errors import StateError
 from assayer.files import printable, write_json
 from assayer.merge.output import part_folder
@@ -113,13 +114,20 @@ def _evaluate(job: Job, task: Served) -> Any:
     if runs > LOST_MAX:
         cause = {"cause": "workers lost", "message": f"{LOST_MAX} workers in a row were lost while they evaluated this request"}
         return _deliver(job, place, task, replace(base, status="failed", error=cause, ended=now_utc()))
-    source = source_of(task) if task.identity else task.checkpoint
+    source = _source(task)
     gone = changed(task, source) if task.identity else None
     if gone:
         return _deliver(job, place, task, replace(base, status=gone.status, error=gone.error, ended=now_utc()))
     logger.info("-> %s running", printable(task.description))
     base = replace(base, attempts=base.attempts + 1)
     return _tried(job, place, task, base, source)
+
+
+def _source(task: Served) -> str:
+    """Where the checkpoint is read: where the training keeps it, or at a hold, or at its own path."""
+    if task.kept is not None and os.path.lexists(task.kept):
+        return task.kept
+    return source_of(task) if task.identity else task.checkpoint
 
 
 def _tried(job: Job, place: Place, task: Served, base: Record, source: str) -> Any:
@@ -265,8 +273,12 @@ def _answer(record: Record) -> dict[str, Any]:
 
 
 def _put_away(job: Job, task: Served) -> None:
-    """Releases the hold, and the merge, unless another evaluation needs them; and what would be taken up again."""
+    """Releases the hold, and the merge, unless another evaluation needs them; what a training kept for this job; and what would be taken up
+    again."""
     remove_progress(place_of(task).progress(task.identity))
+    second = kept.at(task.kept) if task.kept is not None else None
+    if second is not None:
+        second.release()
     if task.identity:
         held = hold_of(task)
         if not is_wanted(job.connection, task.hold_id, done=job.id) and held:

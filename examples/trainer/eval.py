@@ -15,7 +15,7 @@ def score(path: str, tasks: list[str], original_path: str, details: dict[str, An
     """Loss (nats a byte), bits per byte, and the share of bytes that the model foretells, for each task.
 
     Args:
-        path: of the checkpoint, or of what the server holds of it.
+        path: of the checkpoint, or of what is kept of it.
         tasks: of the request: ``manual``, ``code``.
         original_path: where the trainer saved it.
         details: goes into the record.

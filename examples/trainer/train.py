@@ -61,6 +61,7 @@ def main(words: Sequence[str] | None = None) -> None:
     evaluation = AsyncEvaluation(
         {"server_url": options.server, "model": "bytes", "tasks": ["manual", "code"], "poll_interval": 1.0},
         output_dir=options.output,
+        hold=12,
     )
     attach_to_trainer(trainer, evaluation, finish_timeout=600)
     trainer.train()

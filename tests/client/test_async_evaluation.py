@@ -17,16 +17,13 @@ from typing import Any
 import pytest
 from conftest import until
 from protocol_server import EvaluationServer
+from training import GOOD, Training, come, trainings
 
-from assayer.client import AsyncEvaluation, Point
 from assayer.client.courier import Patience
 from assayer.client.names import named
 from assayer.errors import UsageError
 from assayer.files import read_json
 from assayer.protocol import JobInfo, JobStatus
-
-QUICK = Patience(first=0.01, most=0.05)
-GOOD = {"t": {"acc,none": 0.5}}
 
 
 @pytest.fixture
@@ -35,52 +32,10 @@ def server() -> Iterator[EvaluationServer]:
         yield server
 
 
-class Training:
-    """Trainings of one run, one after another."""
-
-    def __init__(self, run: Path, server: EvaluationServer) -> None:
-        self.run, self.server = run, server
-        self.evaluations: list[AsyncEvaluation] = []
-
-    def start(self, **more: Any) -> AsyncEvaluation:
-        config = {"server_url": self.server.url, "model": "m", "tasks": ["t"], "poll_interval": 0.02}
-        self.evaluations.append(AsyncEvaluation(config, self.run, **{"patience": QUICK, **more}))
-        return self.evaluations[-1]
-
-    def save(self, step: int, text: str = "weights") -> Path:
-        path = self.run / f"checkpoint-{step}" / "model.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        return path.parent
-
-    @property
-    def file(self) -> Path:
-        return self.run / "evals" / "pending-evaluations"
-
-    def states(self) -> list[str]:
-        return [job["state"] for job in json.loads(self.file.read_text())["jobs"]] if self.file.exists() else []
-
-
 @pytest.fixture
 def training(tmp_path: Path, server: EvaluationServer) -> Iterator[Training]:
-    training = Training(tmp_path, server)
-    yield training
-    server.hang.clear()
-    server.let_go.set()
-    for evaluation in training.evaluations:
-        evaluation.close(30)
-
-
-def come(evaluation: AsyncEvaluation, count: int = 1) -> list[Point]:
-    """So many points, polled for."""
-    points: list[Point] = []
-
-    def enough() -> bool:
-        points.extend(evaluation.poll())
-        return len(points) >= count
-
-    until(enough)
-    return points
+    with trainings(tmp_path, server) as training:
+        yield training
 
 
 def returns(call: Callable[[], Any]) -> Any:
@@ -103,7 +58,8 @@ def test_metrics_come_with_their_checkpoints_step(training: Training, server: Ev
     assert point.fields() == {"eval/t/acc": 0.5, "global_step": 500}
     assert evaluation.poll() == []
     (job,) = server.jobs.values()
-    assert job.request.model_args == {"model": str(training.run / "checkpoint-500")}
+    assert job.request.model_args is not None
+    assert Path(job.request.model_args["model"]).name == "checkpoint-500"
     # Results inside a checkpoint would keep it from being rotated.
     assert job.request.output_dir is None
 
@@ -489,6 +445,7 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_of_a_process_group_only_the_first_rank_talks(training: Training, server: EvaluationServer) -> None:
     server.at_once = GOOD
+    training.save(1)
     words = [sys.executable, "-c", RANK, str(training.run), server.url]
     ranks = [subprocess.Popen([*words, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
     assert [rank.communicate(timeout=100)[0] for rank in ranks] == ["0 [1]\n", "1 []\n"]

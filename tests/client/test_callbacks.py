@@ -276,6 +276,7 @@ def test_a_loop_of_ones_own_submits_and_logs_in_one_line(tmp_path: Path, server:
         if step % 2 == 0:
             saved = tmp_path / f"step-{step}"
             saved.mkdir()
+            (saved / ".metadata").touch()
         step_end(evaluation, lambda metrics, at: curve.append((at, metrics)), checkpoint=saved, step=step)
     train_end(evaluation, lambda metrics, at: curve.append((at, metrics)), finish_timeout=30)
     assert sorted(curve, key=lambda point: point[0]) == [(step, {"eval/t/acc": 0.5, "global_step": step}) for step in (2, 4, 6)]
@@ -295,6 +296,7 @@ def test_lmms_engines_trainer_section_is_taken_as_it_is(tmp_path: Path, server: 
     assert evaluation is not None
     assert schedule == {"eval_strategy": "steps", "eval_steps": 500}
     (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-500" / "config.json").touch()
     evaluation.submit(tmp_path / "checkpoint-500", 500)
     names = sorted(name for point in evaluation.finish(30) for name in point.metrics)
     assert names == ["eval/t_acc", "eval_ema/t_acc"]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from conftest import REPOSITORY, House, until
 
 from assayer.files import write_json, write_whole
@@ -100,6 +101,14 @@ class Server:
 
     def until_running(self, job: str) -> None:
         until(lambda: self.get(f"/jobs/{job}")["status"] == "running")
+
+
+def save_ranks(path: Path) -> Path:
+    """A checkpoint as LMMs-Engine lays it out, of one rank: sixteen ones."""
+    (path / "pytorch_model_fsdp_0").mkdir(parents=True)
+    torch.save({"w": torch.ones(4, 4)}, path / "pytorch_model_fsdp_0" / "model_world_size_1_rank_0.pt")
+    (path / "config.json").write_text("{}")
+    return path
 
 
 @contextlib.contextmanager

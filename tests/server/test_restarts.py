@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from asking import served
+from asking import save_ranks, served
 from conftest import House, until
+
+from assayer.client import AsyncEvaluation
+from assayer.client.courier import Patience
 
 
 def test_jobs_outlive_the_server_and_its_worker(house: House) -> None:
@@ -187,3 +191,29 @@ def test_an_installed_lmms_eval_is_run_for_its_models(house: House) -> None:
         for tasks, more in ((["--help"], {}), (["a/b.yaml"], {}), (["x"], {"model_args": {"a": "b,c=d"}})):
             status, _ = server.tell("POST", "/evaluate", {"model": "qwen_vl", "tasks": tasks, **more})
             assert status == 422
+
+
+def test_what_a_training_keeps_while_no_server_stands_is_evaluated_by_the_next_one(house: House, tmp_path: Path) -> None:
+    """Sharded and single checkpoints, submitted to nobody and rotated away; records lie where those of their first names would."""
+    single = house.save("run/model_step5.pt")
+    sharded = save_ranks(house.runs / "run" / "checkpoint-10")
+    with served(house, workers=1) as server:
+        pass
+    config = {"server_url": f"http://127.0.0.1:{server.port}", "model": "mine", "tasks": ["a"], "poll_interval": 0.1}
+    evaluation = AsyncEvaluation(config, house.runs / "run", rank=0, patience=Patience(first=0.05, most=0.2))
+    evaluation.submit(single, 5)
+    evaluation.submit(sharded, 10)
+    until(lambda: len(list((house.runs / "run" / "evals" / ".hold").glob("client*/*[0-9t]"))) == 2)
+    single.unlink()
+    shutil.rmtree(sharded)
+    with served(house, port=server.port, workers=1) as server:
+        points = evaluation.finish(60)
+        evaluation.close()
+    assert [(point.step, point.metrics["eval/a/merged"]) for point in points] == [(5, 0), (10, 1)]
+    folder = house.runs / "run" / "evals" / "mine"
+    records = {path.name.partition("@")[0]: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert {name: (r["checkpoint"], r["status"], r["step"]) for name, r in records.items()} == {
+        "model_step5.pt": (str(single), "finished", 5),
+        "checkpoint-10": (str(sharded), "finished", 10),
+    }
+    assert not (house.runs / "run" / "evals" / ".hold").exists()

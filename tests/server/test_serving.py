@@ -13,8 +13,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-import torch
-from asking import Server, a_house, served
+from asking import Server, a_house, save_ranks, served
 from conftest import until
 from samples_of_trainers import TWO, expected, sample
 
@@ -224,13 +223,6 @@ def test_a_merge_is_kept_where_the_request_asks_for_it(server: Server) -> None:
     assert (target / "model.safetensors").exists()
     status, told = server.tell("POST", "/evaluate", {"model": "mean", "tasks": ["t"], "lmms_engine_kwargs": engine})
     assert (status, told["detail"][0]["loc"]) == (422, ["body", "lmms_engine_kwargs", "output_path"])
-
-
-def save_ranks(path: Path) -> Path:
-    (path / "pytorch_model_fsdp_0").mkdir(parents=True)
-    torch.save({"w": torch.ones(4, 4)}, path / "pytorch_model_fsdp_0" / "model_world_size_1_rank_0.pt")
-    (path / "config.json").write_text("{}")
-    return path
 
 
 def test_a_merge_by_itself(server: Server) -> None:

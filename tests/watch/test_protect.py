@@ -9,6 +9,7 @@ import pytest
 import torch
 from samples import plan as any_plan
 
+from assayer import second_names
 from assayer.plan import Baseline, Evaluator, Plan
 from assayer.queues import Connection
 from assayer.queues.enqueue import Task, enqueue, open_queue
@@ -91,7 +92,7 @@ def test_without_free_space_nothing_is_held_and_the_oldest_goes_first(tmp_path: 
     tick(p, memory)
     assert len(held(tmp_path)) == 3
     # Two holds let go make room enough.
-    monkeypatch.setattr(hold, "free_part", lambda path: 0.03 * (5 - len(held(tmp_path))))
+    monkeypatch.setattr(second_names, "free_part", lambda path: 0.03 * (5 - len(held(tmp_path))))
     found = tick(p, memory)
     assert held(tmp_path) == {"m_step3.pt"}
     assert "less than 10% of its file system is free" in found.notes[str(tmp_path / "m_step1.pt")]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from samples_of_trainers import FOUR, SINGLE, TWO, samples
 
-from assayer import formats
+from assayer import formats, second_names
 from assayer.checkpoint import Found, identity, list_path
 from assayer.errors import CheckpointError
 from assayer.worker import hold
@@ -214,7 +214,7 @@ def test_a_file_system_that_refuses_hard_links_is_told_from_one_that_is_full(tmp
         monkeypatch.setattr(os, "link", link)
         with pytest.raises(OSError) as error:
             hold.take(found, "a" * 32, found.listing.signature(), ())
-        assert hold.is_refusal(error.value) is refuses
+        assert second_names.is_refusal(error.value) is refuses
         assert not (tmp_path / "run" / "evals" / ".hold").exists()
 
 
