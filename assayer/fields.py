@@ -41,6 +41,8 @@ Location = tuple[str | int, ...]
 
 # Levels of lists and dictionaries in a message: far below where Python's own encoder gives up.
 DEPTH_MAX = 64
+# What is told of one message that is wrong; it may be wrong in any number of places.
+DETAILS_MAX = 100
 # Digits of a whole number in a string: as many as Python reads.
 DIGITS_MAX = 4300
 
@@ -210,6 +212,8 @@ def _all(values: Any, readers: list[tuple[Read, Location]]) -> list[Any]:
             found.append(read(value, loc))
         except ProtocolError as error:
             wrong += error.details
+            if len(wrong) >= DETAILS_MAX:
+                break
     if wrong:
         raise ProtocolError(wrong)
     return found

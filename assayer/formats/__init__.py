@@ -1,16 +1,19 @@
 """One file a checkpoint format. To add one is to add a module here that answers the questions of ``checkpoint.Format``."""
 
 import importlib
+import os
 import pkgutil
 from functools import cache
 from types import MappingProxyType
 
 from assayer.checkpoint import Checkpoint, Format, Found, Listing, list_path
 
-__all__ = ["all_folders", "all_formats", "claiming", "identify", "identify_path", "is_merged_for", "of"]
+__all__ = ["all_folders", "all_formats", "claiming", "identify", "identify_path", "is_inside_checkpoint", "is_merged_for", "of"]
 
 # The one that Hugging Face's from_pretrained reads as it lies there.
 _HUGGING_FACE = "hf_dir"
+# How many folders above a path are looked at for being a checkpoint.
+_ABOVE = 4
 
 
 @cache
@@ -62,3 +65,22 @@ def identify_path(path: str) -> Found | None:
         OSError: it is gone or cannot be read.
     """
     return identify(list_path(path, all_folders()))
+
+
+def is_inside_checkpoint(path: str, checkpoint: str) -> bool:
+    """True for a folder that is, or lies in, this checkpoint (empty: none) or any other."""
+    real = os.path.realpath(path)
+    if checkpoint and (real + os.sep).startswith(os.path.join(os.path.realpath(checkpoint), "")):
+        return True
+    seen = 0
+    while seen < _ABOVE and os.path.dirname(real) != real:
+        if os.path.isdir(real):
+            seen += 1
+            try:
+                found = identify_path(real)
+            except OSError:
+                found = None
+            if found is not None:
+                return True
+        real = os.path.dirname(real)
+    return False

@@ -113,6 +113,8 @@ def _limit(name: str, value: object) -> float:
 def _batch_size(name: str, value: object) -> int | str:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
+    if isinstance(value, str) and re.fullmatch(r"[1-9]\d{0,8}", value):
+        return int(value)
     if isinstance(value, str) and re.fullmatch(r"auto(:[1-9]\d{0,3})?", value):
         return value
     raise _wrong(name, value, "a number above 0, auto, or auto:N")
@@ -126,7 +128,12 @@ def _folder(name: str, value: object) -> str:
 
 
 def _pairs(name: str, value: object) -> dict[str, Any]:
-    if isinstance(value, str):
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise _wrong(name, value, "name=value pairs with commas between, or a JSON object") from None
+    elif isinstance(value, str):
         pairs = [part.partition("=") for part in value.split(",") if part]
         if not all(key.strip() and equals for key, equals, _ in pairs):
             raise _wrong(name, value, "name=value pairs with commas between, or a JSON object")

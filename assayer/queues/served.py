@@ -24,6 +24,9 @@ SERVE = "assayer.worker.served_job.evaluate"
 
 # Seconds for which a job that has ended can be asked for, and for which a key of a submission is remembered.
 KEPT = 7 * 86400
+# Jobs that are known at most; beyond, the oldest of those that have ended are forgotten, so many in one go.
+KNOWN_MAX = 20_000
+_FORGOTTEN_AT_ONCE = 1000
 # What all served jobs together are for ``arrange``: one folder that takes turns with those of the watches.
 _TURN = "served jobs"
 # Fields of ours in RQ's hash of a job: what was asked for, what became of it, its first place in the queue, the order to end it.
@@ -95,6 +98,16 @@ return 'running'
 """
 
 
+# Puts a job that has failed at the front of the queue, once, and in one step: it may not be in neither place.
+_QUEUE_AGAIN = """
+if redis.call('ZREM', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[2], 'status', ARGV[2])
+redis.call('PERSIST', KEYS[2])
+redis.call('LPUSH', KEYS[3], ARGV[1])
+return 1
+"""
+
+
 class ServedJobs:
     """The served jobs of one evaluation queue."""
 
@@ -128,7 +141,6 @@ class ServedJobs:
                     add(pipe, self.queue, job, served, time.time())
                     pipe.hset(key, _REQUEST, json.dumps(served.request))
                     pipe.zadd(self._index, {served.job: time.time()})
-                    pipe.zremrangebyscore(self._index, 0, time.time() - 2 * KEPT)
                     pipe.execute()
                     break
                 except WatchError:
@@ -181,6 +193,24 @@ class ServedJobs:
         """Ids of jobs, the newest first."""
         return [job.decode() for job in self.connection.zrevrange(self._index, start, start + count - 1)]
 
+    def forget_old(self) -> None:
+        """Takes off the list what Redis has forgotten, and forgets the oldest that have ended where there are more than ``KNOWN_MAX``."""
+        old = self.connection.zrangebyscore(self._index, 0, time.time() - KEPT, start=0, num=_FORGOTTEN_AT_ONCE)
+        surplus = min(_FORGOTTEN_AT_ONCE, self.connection.zcard(self._index) - KNOWN_MAX)
+        oldest = self.connection.zrange(self._index, 0, surplus - 1) if surplus > 0 else []
+        ids = list(dict.fromkeys([*old, *oldest]))
+        undelivered = self.connection.smembers(_undelivered(self.queue.name))
+        with self.connection.pipeline(transaction=False) as pipe:
+            for job in ids:
+                pipe.exists(Job.key_for(job.decode()))
+                pipe.hexists(Job.key_for(job.decode()), _ANSWER)
+            told = pipe.execute() if ids else []
+            for job, exists, has_ended in zip(ids, told[::2], told[1::2], strict=True):
+                if not exists or (job in oldest and has_ended and job not in undelivered):
+                    pipe.delete(Job.key_for(job.decode()))
+                    pipe.zrem(self._index, job)
+            pipe.execute()
+
     def waiting(self) -> list[str]:
         """Ids of the jobs that wait, in the order of the queue."""
         return self._known(self.connection.lrange(self.queue.key, 0, -1))
@@ -231,12 +261,8 @@ class ServedJobs:
             job = member.decode()
             if not self.connection.exists(Job.key_for(job)):
                 self.connection.srem(_undelivered(self.queue.name), job)
-            elif self.connection.zrem(registry, job):
-                with self.connection.pipeline() as pipe:
-                    pipe.hset(Job.key_for(job), "status", JobStatus.QUEUED.value)
-                    pipe.persist(Job.key_for(job))
-                    pipe.lpush(self.queue.key, job)
-                    pipe.execute()
+            else:
+                self.connection.eval(_QUEUE_AGAIN, 3, registry, Job.key_for(job), self.queue.key, job, JobStatus.QUEUED.value)
 
     # Which holds were taken for served jobs: a job that ends without its own last step leaves its hold to the server.
 

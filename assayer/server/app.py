@@ -36,6 +36,7 @@ from assayer.protocol import (
 from assayer.server.desk import Desk
 from assayer.server.guard import Guard, TooLarge
 from assayer.server.merging import Merger
+from assayer.server.order import NotWholeError
 from assayer.server.schema import openapi, page
 from assayer.server.tasks import Tasks
 
@@ -49,6 +50,8 @@ T = TypeVar("T")
 BODY_TIMEOUT = 20.0
 TASKS_TIMEOUT = 60.0
 CANCEL_TIMEOUT = 15.0
+# Seconds that a submission waits for a checkpoint that is still being written.
+HALF_THERE = 3.0
 # Seconds after which a client that was told 503 may ask again.
 RETRY_AFTER = 5
 LIST_DEFAULT, LIST_MAX = 100, 1000
@@ -105,7 +108,15 @@ class Endpoints:
         key = request.headers.get(IDEMPOTENCY_KEY)
         if key is not None and not 1 <= len(key) <= KEY_MAX:
             raise ProtocolError(f"{IDEMPOTENCY_KEY} must have 1 to {KEY_MAX} characters")
-        return _json((await self._apart(self.desk.submit, wanted, key)).to_json())
+        deadline = time.monotonic() + HALF_THERE
+        while True:
+            try:
+                return _json((await self._apart(self.desk.submit, wanted, key)).to_json())
+            except NotWholeError:
+                # Waited for here: threads that wait would keep other submissions out.
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(HALF_THERE / 10)
 
     async def job(self, request: Request) -> Response:
         return _json((await self.desk.ask(request.path_params["job_id"])).to_json())
@@ -115,7 +126,8 @@ class Endpoints:
         limit = _query(request, "limit", integer, LIST_DEFAULT)
         if not 1 <= limit <= LIST_MAX:
             raise ProtocolError(f"limit must be 1 to {LIST_MAX}")
-        return _json(JobList(tuple(await asyncio.to_thread(self.desk.list, status, limit))).to_json())
+        # Many jobs are many bytes: to write them down, too, is done apart.
+        return await asyncio.to_thread(lambda: _json(JobList(tuple(self.desk.list(status, limit))).to_json()))
 
     async def cancel(self, request: Request) -> Response:
         job = request.path_params["job_id"]
@@ -131,7 +143,7 @@ class Endpoints:
                 break
             if time.monotonic() > deadline:
                 # Its worker was lost, or cannot be reached; whoever takes the job next ends it.
-                break
+                raise ProtocolError(f"Job {job} is told to end, and still runs; ask again", status=503)
         return _json(MessageResponse(f"Job {job} cancelled").to_json())
 
     async def queue(self, request: Request) -> Response:

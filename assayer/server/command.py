@@ -50,6 +50,9 @@ SECONDS_MAX = 10**8
 @click.option("--include_path", metavar="DIR", help="A folder of lm-eval tasks of your own (YAML).")
 @click.option("--trust_remote_code", is_flag=True, help="Let clients ask for Python code beside a model's config to be run.")
 @click.option(
+    "--model_arg", "model_args", multiple=True, metavar="NAME", help="Let clients give this argument of a model, too. Repeatable."
+)
+@click.option(
     "--num_eval_workers",
     type=click.IntRange(min=0),
     metavar="N",
@@ -166,6 +169,7 @@ def _rules(flags: dict[str, Any], roots: tuple[str, ...], cwd: Path, state: Path
         roots=Roots(folders),
         results_dir=str(results),
         trust_remote_code=flags["trust_remote_code"],
+        model_args=frozenset(flags["model_args"]),
         include_path=None if include is None else _folder("include_path", include, cwd),
         timeout=flags["timeout"],
         retries=flags["retries"],

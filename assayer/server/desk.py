@@ -123,8 +123,10 @@ class Desk:
         self.jobs.forget_hold(key)
 
     def sweep(self) -> None:
-        """Lets go of what jobs have left that came to no orderly end, and queues those again whose record could not be written."""
+        """Lets go of what jobs have left that came to no orderly end, queues those again whose record could not be written, and forgets the
+        oldest."""
         self.jobs.deliver_again()
+        self.jobs.forget_old()
         for key, facts in self.jobs.holds().items():
             self._release(key, facts)
 
@@ -137,7 +139,7 @@ class Desk:
         facts = await self.jobs.look_at(self._asking, job)
         if facts is None:
             raise not_found(job)
-        if facts.status == "failed" and facts.answer is None:
+        if facts.status not in _STATUS and facts.answer is None:
             return await asyncio.to_thread(self._info, facts)
         return self._info(facts)
 

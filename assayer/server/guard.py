@@ -14,8 +14,8 @@ from assayer.server.access import is_loopback
 
 __all__ = ["BODY_MAX", "Guard", "TooLarge"]
 
-# Bytes of a request's body.
-BODY_MAX = 1 << 20
+# Bytes of a request's body: what is asked for is kept for a week.
+BODY_MAX = 64 << 10
 # Bytes of a larger one that are read before it is refused, and the seconds that this may take.
 AWAY_MAX = 16 << 20
 AWAY_TIMEOUT = 5.0

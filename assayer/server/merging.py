@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from assayer import formats
+from assayer.checkpoint import Found
 from assayer.errors import AssayerError, CheckpointError, ProtocolError, StateError
 from assayer.files import printable
 from assayer.merge.output import default_output
@@ -16,7 +18,7 @@ from assayer.merge.run import Options, find_checkpoint, run
 from assayer.plan import Merging
 from assayer.protocol import MergeRequest
 from assayer.refs import PACKAGE_PARENT
-from assayer.server.paths import Roots, inside_checkpoint
+from assayer.server.paths import Roots, within
 from assayer.worker.child import die_with_parent
 
 __all__ = ["Merger"]
@@ -43,12 +45,12 @@ class Merger:
             ProtocolError: the path is not there (404), is no checkpoint or cannot be merged (400), is refused (403), or the merge failed
                 (500).
         """
-        source = await self._apart(self._source, request)
-        target = None if request.output_path is None else await self._apart(self._target, request.output_path, source)
+        found = await self._apart(self._found, request)
+        target = await self._apart(self._target, request, found)
         how = self._merging
         orders = {
             "parent": os.getpid(),
-            "source": source,
+            "source": found.checkpoint.path,
             "target": target,
             "options": {
                 "checkpoint_type": request.checkpoint_type,
@@ -58,33 +60,31 @@ class Merger:
                 "key_map": how.key_map,
             },
         }
-        if target is None:
-            await self._apart(self._check_default, source, request.checkpoint_type)
         async with self._room:
             told = await _in_process(orders)
         if "path" in told:
             return str(told["path"])
         raise ProtocolError(str(told["detail"]), status=int(told["status"]))
 
-    def _source(self, request: MergeRequest) -> str:
+    def _found(self, request: MergeRequest) -> Found:
         path = self._roots.resolve(request.checkpoint_path)
         if not os.path.lexists(path):
             raise ProtocolError(f"{printable(path)[:500]} does not exist", status=404)
-        return path
-
-    def _target(self, output: str, source: str) -> str:
-        target = self._roots.resolve(output)
-        if inside_checkpoint(target, source):
-            raise ProtocolError(f"{printable(target)} lies inside a checkpoint, where nothing is ever written", status=400)
-        return target
-
-    def _check_default(self, source: str, variant: str) -> None:
-        """The default place is beside the checkpoint, which may be outside of the roots."""
         try:
-            found = find_checkpoint(Path(source))
+            return within(find_checkpoint(Path(path)), self._roots)
         except CheckpointError as error:
             raise ProtocolError(str(error), status=400) from None
-        self._roots.resolve(str(default_output(found, variant)))
+
+    def _target(self, request: MergeRequest, found: Found) -> str:
+        """Where the merge goes; the default place is beside the checkpoint, which may be outside of the roots."""
+        if request.output_path is None:
+            return self._roots.resolve(str(default_output(found, request.checkpoint_type)))
+        target = self._roots.resolve(request.output_path)
+        if formats.is_inside_checkpoint(target, found.checkpoint.path):
+            raise ProtocolError(f"{printable(target)} lies inside a checkpoint, where nothing is ever written", status=400)
+        if request.output_path is not None and os.path.lexists(target):
+            raise ProtocolError(f"{printable(target)} is there already; remove it, or give another output_path", status=400)
+        return target
 
 
 async def _in_process(orders: dict[str, Any]) -> dict[str, Any]:
@@ -92,14 +92,13 @@ async def _in_process(orders: dict[str, Any]) -> dict[str, Any]:
         sys.executable,
         "-m",
         "assayer.server.merging",
-        json.dumps(orders),
         cwd=PACKAGE_PARENT,
-        stdin=asyncio.subprocess.DEVNULL,
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        output, errors = await process.communicate()
+        output, errors = await process.communicate(json.dumps(orders).encode())
     except asyncio.CancelledError:
         process.kill()
         raise
@@ -117,8 +116,7 @@ def _merged(orders: dict[str, Any]) -> dict[str, Any]:
     try:
         found = find_checkpoint(Path(orders["source"]))
         options = Options(**orders["options"])
-        output = Path(orders["target"]) if orders["target"] else default_output(found, options.checkpoint_type)
-        return {"path": str(run(found, output, options).path)}
+        return {"path": str(run(found, Path(orders["target"]), options).path)}
     except StateError as error:
         return {"status": 500, "detail": f"Merge failed: {error}"}
     except AssayerError as error:
@@ -126,7 +124,7 @@ def _merged(orders: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
+    given = json.load(sys.stdin)
     die_with_parent(given["parent"])
     # A training run on this machine goes first.
     os.nice(5)

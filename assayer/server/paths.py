@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from assayer import formats
+from assayer.checkpoint import Found
 from assayer.errors import ProtocolError
 from assayer.files import printable
 
-__all__ = ["Roots", "inside_checkpoint", "is_path", "strings_in"]
+__all__ = ["Roots", "is_path", "strings_in", "within"]
 
-# How many folders above a path are looked at for being a checkpoint.
-_ABOVE = 4
+# Bytes of a path that the system takes.
+_PATH_MAX = 4096
 
 
 class Roots:
@@ -27,8 +28,7 @@ class Roots:
             ProtocolError: it can be no path (422), or lies outside the roots (403).
         """
         try:
-            os.fsencode(path)
-            if "\0" in path or not path:
+            if "\0" in path or not path or len(os.fsencode(path)) >= _PATH_MAX:
                 raise ValueError
             absolute = os.path.abspath(os.path.expanduser(path))
             if not self._roots:
@@ -51,9 +51,19 @@ def is_path(text: str) -> bool:
     if text.startswith(("/", "~", "./", "../")) or "/../" in text or text in (".", ".."):
         return True
     try:
-        return os.path.lexists(text)
+        return len(text) < _PATH_MAX and os.path.lexists(text)
     except (ValueError, OSError):
         return False
+
+
+def within(found: Found, roots: Roots) -> Found:
+    """A checkpoint that was found below a path, such as the newest one there, by its path in the roots: it may be a link that leads out.
+
+    Raises:
+        ProtocolError: it does (403).
+    """
+    path = roots.resolve(found.checkpoint.path)
+    return found if path == found.checkpoint.path else formats.identify_path(path) or found
 
 
 def strings_in(value: Any) -> Iterator[str]:
@@ -63,22 +73,3 @@ def strings_in(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from strings_in(inner)
-
-
-def inside_checkpoint(path: str, checkpoint: str) -> bool:
-    """True for a folder that is, or lies in, this checkpoint (empty: none) or any other."""
-    real = os.path.realpath(path)
-    if checkpoint and (real + os.sep).startswith(os.path.join(os.path.realpath(checkpoint), "")):
-        return True
-    seen = 0
-    while seen < _ABOVE and os.path.dirname(real) != real:
-        if os.path.isdir(real):
-            seen += 1
-            try:
-                found = formats.identify_path(real)
-            except OSError:
-                found = None
-            if found is not None:
-                return True
-        real = os.path.dirname(real)
-    return False

@@ -21,7 +21,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from assayer.errors import AssayerError, StateError
+from assayer.errors import AssayerError, ProtocolError, StateError
 from assayer.files import printable
 from assayer.queues.stop import stop_orders
 from assayer.server.app import application
@@ -46,20 +46,46 @@ QUICK = 8
 
 
 class _Impatient(H11Protocol):
-    """Closes a connection on which no request has come to its end in time: a slow client takes no place for ever."""
+    """Closes a connection on which a request's headers, the first or any later one's, have not come in time.
+
+    So a slow client takes no place for ever.
+    """
+
+    _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._patience = self.loop.call_later(HEADERS_TIMEOUT, self._close_if_silent)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._is_asked():
+            self._stop_waiting()
+        elif self._patience is None:
+            # The first bytes of a further request: from here on uvicorn's own time for idle connections does not count.
+            self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         # A timer that waits would keep all that belongs to the connection.
-        self._patience.cancel()
+        self._stop_waiting()
         super().connection_lost(exc)
 
+    def _is_asked(self) -> bool:
+        """True while a request is answered."""
+        cycle: Any = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    def _wait(self) -> None:
+        self._patience = self.loop.call_later(HEADERS_TIMEOUT, self._close_if_silent)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
     def _close_if_silent(self) -> None:
-        begun: object = self.cycle
-        if begun is None and not self.transport.is_closing():
+        self._patience = None
+        if not self._is_asked() and not self.transport.is_closing():
             self.transport.close()
 
 
@@ -143,7 +169,7 @@ async def _serve(
             loop.add_signal_handler(number, ended.set)
     # uvicorn's own handlers would raise the signal again behind the end.
     running = asyncio.create_task(server._serve([listening]))
-    beside = [asyncio.create_task(_sweep(desk)), asyncio.create_task(_care(care)), asyncio.create_task(tasks.names())]
+    beside = [asyncio.create_task(_sweep(desk)), asyncio.create_task(_care(care)), asyncio.create_task(_ask(tasks))]
     while not server.started and not running.done():
         await asyncio.sleep(0.01)
     # What was imported is never garbage: to look through it again and again would stop all answers for a while.
@@ -183,6 +209,14 @@ async def _sweep(desk: Desk) -> None:
         except (redis.RedisError, OSError, json.JSONDecodeError) as error:
             logger.warning("what jobs have left is looked for again later: %s", error)
         await asyncio.sleep(SWEEP)
+
+
+async def _ask(tasks: Tasks) -> None:
+    """So that the first client who asks for the names need not wait."""
+    try:
+        await tasks.names()
+    except ProtocolError as error:
+        logger.warning("%s", error)
 
 
 async def _care(care: Callable[[], None]) -> None:

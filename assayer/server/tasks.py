@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from assayer.errors import ProtocolError
 from assayer.files import digest, read_json, write_json
 
 __all__ = ["Tasks"]
@@ -18,16 +19,20 @@ logger = logging.getLogger(__name__)
 
 # To import either package takes seconds, so it is not done here; the names are on the last line.
 _ASK = """
-import contextlib, io, json, os, sys
+import contextlib, importlib.util, io, json, os, sys
 os.nice(10)
-names = set()
+names, broken = set(), []
 for package in ("lm_eval", "lmms_eval"):
+    if importlib.util.find_spec(package) is None:
+        continue
+    broken.append(package)
     with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
         tasks = __import__(package + ".tasks", fromlist=["TaskManager"])
         names |= set(map(str, tasks.TaskManager().all_tasks))
         if package == "lm_eval" and sys.argv[1]:
             names |= set(map(str, tasks.TaskManager(include_path=sys.argv[1], include_defaults=False).all_tasks))
-print("\\n" + json.dumps(sorted(names)))
+        broken.remove(package)
+print("\\n" + json.dumps([sorted(names), broken]))
 """
 
 
@@ -59,10 +64,14 @@ class Tasks:
                 process.kill()
             raise
         try:
-            names = [str(name) for name in json.loads(output.strip().splitlines()[-1])]
+            told, broken = json.loads(output.strip().splitlines()[-1])
+            names = [str(name) for name in told]
         except (ValueError, IndexError):
-            logger.warning("the names of the tasks could not be read")
-            return []
+            raise ProtocolError("the names of the tasks could not be read", status=503) from None
+        if broken:
+            # Asked again by the next server: what is broken now may be whole then.
+            logger.warning("the names of the tasks of %s could not be read", " and ".join(broken))
+            return names
         try:
             await asyncio.to_thread(write_json, self.path, names, 0o600)
         except OSError as error:

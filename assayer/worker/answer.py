@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from assayer import refs
 from assayer.files import short_name, write_json
+from assayer.formats import is_inside_checkpoint
 from assayer.harness import lmms
 from assayer.record import flatten
 from assayer.refs import Reference
@@ -22,7 +23,7 @@ from assayer.refs import Reference
 if TYPE_CHECKING:
     from assayer.progress import Progress
 
-__all__ = ["ANSWER", "PATH_KEYS", "Tables", "evaluate", "with_path"]
+__all__ = ["ANSWER", "PATH_KEYS", "Tables", "evaluate", "paths_in", "with_path"]
 
 # Where among a record's details the answer stands.
 ANSWER = "served"
@@ -34,16 +35,22 @@ PATH_KEYS = ("pretrained", "model", "model_path")
 Tables = dict[str, dict[str, Any]]
 
 
-def with_path(request: Mapping[str, Any], path: str | None) -> dict[str, Any]:
-    """The model's arguments with this path in the checkpoint's place: where the path to be merged stands, whatever that is called, else
-    under the first of ``PATH_KEYS`` that is there; where none is, as ``pretrained``."""
-    given = dict(request["model_args"] or {})
-    if path is None:
-        return given
+def paths_in(request: Mapping[str, Any]) -> list[str]:
+    """The names among ``model_args`` under which the checkpoint's path stands: where the path to be merged does, whatever that is called;
+    else the first of ``PATH_KEYS``, if one is there."""
+    given = request["model_args"] or {}
     merged = (request.get("lmms_engine_kwargs") or {}).get("model_path")
-    keys = [key for key, value in given.items() if value == merged and merged is not None]
-    keys = keys or [key for key in PATH_KEYS if isinstance(given.get(key), str)][:1]
-    return given | dict.fromkeys(keys or PATH_KEYS[:1], path)
+    if merged is not None:
+        names = [name for name, value in given.items() if isinstance(value, str) and os.path.normpath(value) == os.path.normpath(merged)]
+        if names:
+            return names
+    return [name for name in PATH_KEYS if isinstance(given.get(name), str)][:1]
+
+
+def with_path(request: Mapping[str, Any], path: str | None) -> dict[str, Any]:
+    """The model's arguments with this path in the checkpoint's place; where none led to one, as ``pretrained``."""
+    given = dict(request["model_args"] or {})
+    return given if path is None else given | dict.fromkeys(paths_in(request) or PATH_KEYS[:1], path)
 
 
 def evaluate(
@@ -96,7 +103,7 @@ def evaluate(
         "progress": progress,
         "details": told,
     }
-    folder = _folder(output, output_dir, told)
+    folder = _folder(output, output_dir, original_path, told)
     request = {**request, "num_gpus": max(1, min(int(request["num_gpus"]), _gpus()))}
     if kind == "lmms_eval":
         tables, found = _run_lmms(path, request, Path(output_dir), folder, label)
@@ -106,10 +113,11 @@ def evaluate(
             returned = _called(Reference(**reference), path, {}, {**fields, **offered})
         else:
             returned = _called(Reference(**reference), path, arguments, offered)
+        if os.environ.get("RANK", "0") != "0":
+            # The outcome is that of rank 0.
+            return returned  # type: ignore[no-any-return]
         tables = from_flat(returned, told) if kind == "lm_eval" else to_tables(returned, request)
         found = _written(tables, folder / short_name(name, 80), label, request, samples_path)
-    if os.environ.get("RANK", "0") != "0":
-        return returned if kind != "lmms_eval" else {}
     told[ANSWER] = {"result": found, "metrics": _finite(tables)}
     return _numbers(tables)
 
@@ -126,10 +134,12 @@ def _called(reference: Reference, path: str | None, arguments: dict[str, Any], o
     return function(path, **arguments, **{name: value for name, value in offered.items() if name in named and name not in arguments})
 
 
-def _folder(output: str | None, own: str, details: dict[str, Any]) -> Path:
-    """The folder of the results: the one that was asked for, where that can be written."""
+def _folder(output: str | None, own: str, checkpoint: str | None, details: dict[str, Any]) -> Path:
+    """The folder of the results: the one that was asked for, where that can be written, and lies in no checkpoint by now."""
     if output is not None:
         try:
+            if is_inside_checkpoint(output, checkpoint or ""):
+                raise OSError(0, "it lies inside a checkpoint")
             Path(output).mkdir(parents=True, exist_ok=True)
             if os.access(output, os.W_OK | os.X_OK):
                 return Path(output)

@@ -133,7 +133,7 @@ def _source(task: Served) -> str:
 def _tried(job: Job, place: Place, task: Served, base: Record, source: str) -> Any:
     scratch = scratch_of(job, task) if task.merges else None
     with _ended_when_cancelled(job) as cancelled:
-        ending, base, further = attempt(job, task, place, base, source, scratch, _adapted(job, task, base.attempts))
+        ending, base, further = attempt(job, task, place, base, source, scratch, _adapted(job, task))
     if ending.cause is None:
         told = Outcome(**ending.value)
         details = {**base.details, **told.details}
@@ -166,13 +166,13 @@ def _finished(job: Job, place: Place, task: Served, source: str, outcome: Record
     return _deliver(job, place, task, outcome)
 
 
-def _adapted(job: Job, task: Served, attempts: int) -> Callable[[Call], Call]:
+def _adapted(job: Job, task: Served) -> Callable[[Call], Call]:
     """Changes an evaluator's call into that of the wrapper, which knows what was asked for."""
 
     def adapt(call: Call) -> Call:
         path = call.path or None
         if path is not None and task.merged_to is not None and task.merges:
-            path = _kept(path, task.merged_to, again=attempts > 1)
+            path = _placed(job, path, task.merged_to)
         arguments = {
             "kind": task.kind,
             "request": task.request,
@@ -188,19 +188,22 @@ def _adapted(job: Job, task: Served, attempts: int) -> Callable[[Call], Call]:
     return adapt
 
 
-def _kept(merged: str, target: str, again: bool) -> str:
+def _placed(job: Job, merged: str, target: str) -> str:
     """The merged checkpoint under the path that the client has asked for; in second names, where that is possible.
+
+    That this job places it there is noted before it is done, so that an attempt whose worker was lost is no stranger's.
 
     Raises:
         NotMerged: something lies there, or it cannot be written.
     """
     if os.path.lexists(target):
-        if again:
+        if job.meta.get("placed") == target:
             return target
         raise _refused(f"{printable(target)} is there already; remove it, or give another output_path")
     try:
         with part_folder(Path(target)) as part:
             shutil.copytree(merged, part, copy_function=_second_name, dirs_exist_ok=True)
+            keep(job, placed=target)
     except (OSError, StateError) as error:
         raise _refused(f"{printable(target)} cannot be written: {error}") from None
     return target

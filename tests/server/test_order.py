@@ -1,5 +1,6 @@
 """What a client may ask for: every word of a request is checked before it is a job."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ import torch
 
 from assayer.errors import ProtocolError
 from assayer.evaluators import lm_eval
+from assayer.formats import is_inside_checkpoint
+from assayer.harness.settings import settings_of
+from assayer.kept import Kept
 from assayer.plan import Evaluator
 from assayer.protocol import EvaluateRequest
 from assayer.refs import Reference
 from assayer.server.models import Model, Models, model_names
 from assayer.server.order import Order, Rules, order
-from assayer.server.paths import Roots, inside_checkpoint
+from assayer.server.paths import Roots
+from assayer.worker.answer import with_path
 
 OWN = Model("own", Evaluator("mine", Reference("/none/e.py", "mine", "/none")))
 LMMS = Model("lmms_eval", Evaluator("qwen_vl", Reference("assayer.harness.lmms", "run", "/")))
@@ -94,7 +99,7 @@ def test_the_requests_own_batch_size_counts_before_the_models(tmp_path: Path, hf
         ({"tasks": []}, ("body", "tasks")),
         ({"include_path": "/tmp"}, ("body", "model_args", "include_path")),
         ({"worker_cls": "os.system"}, ("body", "model_args", "worker_cls")),
-        ({"x": {"y": [{"include_path": "/tmp"}]}}, ("body", "model_args", "include_path")),
+        ({"x": {"y": [{"include_path": "/tmp"}]}}, ("body", "model_args", "x")),
         ({"trust_remote_code": True}, ("body", "model_args", "trust_remote_code")),
         ({"trust_remote_code": "True"}, ("body", "model_args", "trust_remote_code")),
         ({"gen_kwargs": "trust_remote_code=True"}, ("body", "gen_kwargs")),
@@ -106,6 +111,104 @@ def test_nothing_leads_to_code(tmp_path: Path, hf: Path, model: str, fields: dic
     given = {"pretrained": str(hf), **{name: value for name, value in fields.items() if name not in kept}}
     chosen = LMMS if model == "qwen_vl" else lm()
     assert refusal(rules(tmp_path), chosen, model_args=given, **kept) == (422, loc)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weights_only", False),
+        ("attn_implementation", "someone/kernel"),
+        ("allow_all_kernels", True),
+        ("scheduler_cls", "os.system"),
+        ("distributed_executor_backend", "os.system"),
+        ("compilation_config", {"backend": "os.system"}),
+        ("max_length", {"a": 1}),
+        ("chat_template_args", {"a": {"b": 1}}),
+    ],
+)
+def test_of_lm_evals_models_a_client_may_give_what_is_on_a_list(tmp_path: Path, hf: Path, name: str, value: Any) -> None:
+    given = {"pretrained": str(hf), "max_length": 64, name: value}
+    assert refusal(rules(tmp_path), lm(), model_args=given) == (422, ("body", "model_args", name))
+    made = ask(rules(tmp_path, model_args=frozenset({name})), lm(), model_args=given)
+    assert made.served.evaluator.arguments["model_args"] == {"max_length": 64, name: value}, "its owner allows more"
+
+
+def test_words_for_a_chat_template_and_an_attention_are_on_the_list(tmp_path: Path, hf: Path) -> None:
+    given = {"attn_implementation": "sdpa", "chat_template_args": {"enable_thinking": False}, "think_end_token": "</think>"}
+    assert ask(rules(tmp_path), lm(), model_args={"pretrained": str(hf), **given}).served.evaluator.arguments["model_args"] == given
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("magi_root", "evil"),
+        ("repo", "/tmp/evil"),
+        ("processor", "evil/repo"),
+        ("scheduler", "os.system"),
+        ("overrides", '{"backend":"x"}'),
+        ("executor_backend", "x"),
+        ("trust_remote_code", "no"),
+    ],
+)
+def test_of_lmms_evals_models_nothing_may_lead_to_code(tmp_path: Path, hf: Path, name: str, value: Any) -> None:
+    given = {"pretrained": str(hf), "min_pixels": 3136, "use_flash_attention_2": True, "dtype": "bfloat16", "fps": 1.5}
+    assert ask(rules(tmp_path), LMMS, model_args=given).served.kind == "lmms_eval"
+    assert refusal(rules(tmp_path), LMMS, model_args={**given, name: value}) == (422, ("body", "model_args", name))
+    assert ask(rules(tmp_path, trust_remote_code=True), LMMS, model_args={**given, name: value.replace("/tmp/evil", "x")}).served.job
+
+
+def test_lmms_evals_models_run_no_code_beside_weights_unless_the_owner_allows_it(tmp_path: Path, hf: Path) -> None:
+    """Many of them trust what lies there, whatever they are told."""
+    hub = {"pretrained": "someone/model"}
+    assert refusal(rules(tmp_path), LMMS, model_args=hub) == (422, ("body", "model_args", "pretrained"))
+    assert ask(rules(tmp_path, trust_remote_code=True), LMMS, model_args=hub).served.checkpoint == ""
+    (hf / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "t.T"}}')
+    assert refusal(rules(tmp_path), LMMS, model_args={"pretrained": str(hf)}) == (422, ("body", "model_args"))
+    assert ask(rules(tmp_path, trust_remote_code=True), LMMS, model_args={"pretrained": str(hf)}).served.checkpoint == str(hf)
+
+
+def test_the_newest_of_a_folder_may_be_a_link_that_leads_out_of_the_roots(tmp_path: Path, hf: Path) -> None:
+    inside = tmp_path / "root"
+    inside.mkdir()
+    (inside / "checkpoint-9").symlink_to(hf)
+    rooted = rules(tmp_path, roots=Roots((str(inside),)))
+    for path in (inside, inside / "checkpoint-9"):
+        assert refusal(rooted, lmms_engine_kwargs={"model_path": str(path)})[0] == 403
+
+
+def test_a_path_longer_than_any_is_none(tmp_path: Path, hf: Path) -> None:
+    assert refusal(rules(tmp_path), model_args={"model": str(hf)}, output_dir="/q/" + "a/" * 5000)[0] == 422
+
+
+def test_the_merged_path_goes_where_the_path_to_be_merged_stood() -> None:
+    engine = {"model_path": "/run/checkpoint-5"}
+    given = {"model_id_name": "/run/checkpoint-5/", "pretrained": "hub/base"}
+    request = {"model_args": given, "lmms_engine_kwargs": engine}
+    assert with_path(request, "/merged") == {"model_id_name": "/merged", "pretrained": "hub/base"}
+    assert with_path({"model_args": {"model": "/a"}, "lmms_engine_kwargs": engine}, "/merged") == {"model": "/merged"}
+    assert with_path({"model_args": None}, "/merged") == {"pretrained": "/merged"}
+    assert with_path({"model_args": {"a": 1}}, None) == {"a": 1}
+
+
+def test_what_a_training_keeps_is_the_checkpoint_of_its_first_name(tmp_path: Path, hf: Path) -> None:
+    one = Kept.of(str(hf), "owner", "key")
+    assert one.keep()
+    whole = ask(rules(tmp_path), model_args={"model": str(hf)}).served
+    served = ask(rules(tmp_path), model_args={"model": one.path}, lmms_engine_kwargs={"model_path": one.path}).served
+    assert (served.checkpoint, served.identity, served.step, served.kept) == (str(hf), whole.identity, 5, one.path)
+    shutil.rmtree(hf)
+    assert ask(rules(tmp_path), model_args={"model": one.path}).served.checkpoint == str(hf)
+    assert refusal(rules(tmp_path, roots=Roots((str(one.folder),))), model_args={"model": one.path})[0] == 403
+    (Path(one.path) / "model.safetensors").unlink()
+    (Path(one.path) / "model-00001-of-00002.safetensors").touch()
+    assert refusal(rules(tmp_path), model_args={"model": one.path})[0] == 422, "what is missing never comes any more"
+
+
+def test_numbers_as_upstreams_clients_write_them(tmp_path: Path, hf: Path) -> None:
+    fields = {"batch_size": "8", "limit": -1, "gen_kwargs": '{"temperature": 0, "until": ["a"]}'}
+    made = ask(rules(tmp_path), lm(), model_args={"pretrained": str(hf)}, **fields).served.evaluator.arguments
+    settings = settings_of(made)
+    assert (settings.batch_size, settings.limit, settings.gen_kwargs) == (8, None, {"temperature": 0, "until": ["a"]})
 
 
 def test_code_beside_a_config_is_allowed_by_the_servers_owner_alone(tmp_path: Path, hf: Path) -> None:
@@ -148,12 +251,11 @@ def test_results_never_lie_inside_a_checkpoint(tmp_path: Path, hf: Path) -> None
         assert ask(rules(tmp_path), model_args={"model": str(hf)}, output_dir=str(inside)).served.output_dir is None
     assert ask(rules(tmp_path), model_args={"model": str(hf)}, output_dir=str(tmp_path / "out")).served.output_dir == str(tmp_path / "out")
     (tmp_path / "link").symlink_to(hf)
-    assert inside_checkpoint(str(tmp_path / "link" / "eval"), "")
-    assert not inside_checkpoint(str(hf.parent / "checkpoint-50"), str(hf))
+    assert is_inside_checkpoint(str(tmp_path / "link" / "eval"), "")
+    assert not is_inside_checkpoint(str(hf.parent / "checkpoint-50"), str(hf))
 
 
-def test_a_checkpoint_that_is_not_whole_is_asked_for_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("assayer.server.order.HALF_THERE", 0.1)
+def test_a_checkpoint_that_is_not_whole_is_asked_for_again_later(tmp_path: Path) -> None:
     path = tmp_path / "step_5"
     path.mkdir()
     (path / "__0_0.distcp").write_bytes(b"x")

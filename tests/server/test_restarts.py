@@ -217,3 +217,20 @@ def test_what_a_training_keeps_while_no_server_stands_is_evaluated_by_the_next_o
         "checkpoint-10": (str(sharded), "finished", 10),
     }
     assert not (house.runs / "run" / "evals" / ".hold").exists()
+
+
+def test_a_merge_that_a_client_keeps_is_its_jobs_own_after_a_lost_worker(house: House) -> None:
+    sharded = save_ranks(house.runs / "run" / "checkpoint-10")
+    gate, kept = str(house.root / "gate"), house.root / "kept"
+    with served(house, workers=1) as server:
+        engine = {"model_path": str(sharded), "output_path": str(kept)}
+        job = server.submit("slow", [gate], lmms_engine_kwargs=engine)
+        until(Path(gate + ".begun").exists)
+        (pid,) = house.workers("eval")
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: Path(gate + ".begun").stat().st_size == 2, what="it is begun again")
+        Path(gate).touch()
+        assert server.wait(job)["error"] is None
+        assert (kept / "model.safetensors").exists()
+        again = server.tell("POST", "/evaluate", {"model": "slow", "tasks": [gate], "lmms_engine_kwargs": engine})
+        assert again[0] == 422, "a later job's it is not"
