@@ -16,7 +16,7 @@ from rq.registry import CanceledJobRegistry
 
 from assayer.files import digest, printable
 from assayer.queues import Connection
-from assayer.queues.enqueue import RETRIES_OF_RQ, Task, add, arrange, open_queue
+from assayer.queues.enqueue import RETRIES_OF_RQ, Task, add, arrange, open_queue, put_notes
 
 __all__ = ["SERVE", "Facts", "Served", "ServedJobs", "answer", "is_cancelled", "note_undelivered"]
 
@@ -117,6 +117,7 @@ class ServedJobs:
         self._prefix = f"assayer:{queue}:served"
         self._index = f"{self._prefix}:jobs"
         self._holds = f"{self._prefix}:holds"
+        self._unheld = f"{self._prefix}:unheld"
 
     def submit(self, served: Served) -> int:
         """Queues a job, once, and returns how many wait before it."""
@@ -269,6 +270,24 @@ class ServedJobs:
     def note_hold(self, key: str, facts: dict[str, Any]) -> None:
         """Notes a hold by its key, with what it takes to find it again."""
         self.connection.hset(self._holds, key, json.dumps(facts))
+
+    def note_unheld(self, job: str, note: str) -> bool:
+        """Notes that a job waits without a hold, with what there is to say should its checkpoint vanish; True the first time."""
+        put_notes(self.connection, {job: note})
+        return bool(self.connection.sadd(self._unheld, job))
+
+    def forget_unheld(self, job: str) -> None:
+        """Takes a job off that list."""
+        self.connection.srem(self._unheld, job)
+
+    def unheld(self) -> list[Served]:
+        """The jobs that wait without a hold, in the order of the queue; those that do not wait any more are taken off the list."""
+        listed = {job.decode() for job in self.connection.smembers(self._unheld)}
+        waiting = [job for job in self.waiting() if job in listed] if listed else []
+        for job in listed.difference(waiting):
+            self.forget_unheld(job)
+        found = Job.fetch_many(waiting, connection=self.connection, serializer=self.queue.serializer)
+        return [Served.from_json(job.kwargs) for job in found if job is not None]
 
     def holds(self) -> dict[str, dict[str, Any]]:
         """The holds that were noted, by key."""

@@ -78,6 +78,12 @@ SECONDS_MAX = 10**8
     help="With less than this part of the file system free, none is protected.",
 )
 @click.option("--max_queued", type=click.IntRange(min=1), default=10_000, metavar="N", help="With so many jobs waiting, no more are taken.")
+@click.option("--until_idle", type=click.FloatRange(min=1), metavar="SECONDS", help="End after this time without a job that waits or runs.")
+@click.option(
+    "--until_file",
+    metavar="PATH",
+    help="End when this file exists: evaluate what is left, then free the GPUs. A training makes it at its end.",
+)
 @merge_options
 @click.option(
     "--scratch_dir", metavar="DIR", help="Where merged checkpoints lie while they are evaluated.  [default: the workers' $TMPDIR]"
@@ -104,7 +110,7 @@ def main(
     """
     try:
         from assayer.server.desk import Desk
-        from assayer.server.serve import bind, leave, serve
+        from assayer.server.serve import BY_SHUTDOWN, Until, bind, leave, serve
     except ImportError as error:
         raise UsageError(f"the server needs {error.name}; install it: pip install 'assayer[server]'") from None
     cwd = Path.cwd()
@@ -147,10 +153,11 @@ def main(
             elif chosen.embedded:
                 Server(state).start()
 
-        ordered = serve(desk, listening, token, state, ready, care, [eval_queue_name])
-    if ordered:
-        _say("ended by assayer.shutdown")
-    elif not crew.has_plans() and crew.is_staffed():
+        until = Until(flags["until_idle"], None if flags["until_file"] is None else _absolute(flags["until_file"], cwd))
+        why = serve(desk, listening, token, state, ready, care, [eval_queue_name], until)
+    if why is not None:
+        _say(f"ended: {why}")
+    if why != BY_SHUTDOWN and not crew.has_plans() and crew.is_staffed():
         # They end after the running evaluation, and nobody waits for that here.
         crew.stop("warm")
     leave()

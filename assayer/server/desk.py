@@ -6,17 +6,18 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from assayer import second_names
+from assayer import formats, second_names
+from assayer.checkpoint import Found
 from assayer.errors import ProtocolError
 from assayer.files import printable
 from assayer.protocol import EvaluateRequest, JobInfo, JobStatus, JobSubmitResponse, QueueStatusResponse, dump
 from assayer.queues import Connection
 from assayer.queues.connect import connect, connect_async
 from assayer.queues.enqueue import is_wanted
-from assayer.queues.served import Facts, ServedJobs
+from assayer.queues.served import Facts, Served, ServedJobs
 from assayer.record import hold_folder
 from assayer.server.models import Models
-from assayer.server.order import Order, Rules, order
+from assayer.server.order import Rules, order
 from assayer.server.watches import hurry
 from assayer.worker import hold
 from assayer.worker.served_job import cancel
@@ -77,7 +78,7 @@ class Desk:
                 self.jobs.release(key, job)
             raise
         position = self.jobs.submit(made.served)
-        self._hold(made)
+        self._protect(made.served, made.found)
         return JobSubmitResponse.queued(job, position)
 
     def _unknown(self, name: str) -> ProtocolError:
@@ -88,30 +89,44 @@ class Desk:
         detail = {"type": "value_error", "loc": ["body", "model"], "msg": f"Value error, {text}", "input": name, "ctx": {"error": text}}
         return ProtocolError([detail])
 
-    def _hold(self, made: Order) -> None:
-        """Gives the weights a second name while the job waits, so that the trainer's rotation cannot take them.
+    def _protect(self, served: Served, found: Found | None) -> None:
+        """Holds the weights of a job that waits; what cannot be held yet is noted, told, and tried again when others have let go.
 
         The job is queued first: a watch lets go of what no job needs.
         """
-        served, found = made.served, made.found
-        if found is None or served.kept is not None or self.rules.bounds.count == 0:
+        if found is None or served.kept is not None:
             return
+        why = self._hold(served, found)
+        if why is None:
+            self.jobs.forget_unheld(served.job)
+        elif self.jobs.note_unheld(served.job, f"not protected from deletion: {why}"):
+            logger.warning("%s waits unprotected from deletion: %s", printable(served.checkpoint), why)
+
+    def _hold(self, served: Served, found: Found) -> str | None:
+        """Gives the weights a second name, so that the trainer's rotation cannot take them; None, or why it could not be done.
+
+        What is held already stays: the oldest are evaluated first, and are the ones that rotation has deleted.
+        """
+        bounds = self.rules.bounds
         folder = hold_folder(Path(served.checkpoint), served.results_dir)
         facts = {"path": served.checkpoint, "identity": served.identity, "results_dir": served.results_dir}
+        place = folder.parent.parent
         try:
-            if not folder.parent.parent.is_dir() or second_names.free_part(str(folder.parent.parent)) < self.rules.bounds.min_free:
-                return
+            if bounds.count == 0 or not place.is_dir():
+                return "--hold 0" if bounds.count == 0 else f"{printable(str(place))} is not there"
+            if second_names.free_part(str(place)) < bounds.min_free:
+                return f"less than {bounds.min_free:.0%} of its file system is free (--hold_min_free)"
             others = [held for held in hold.held_in(folder) if held.key != served.hold_id]
             size = hold.size_of(found)
-            if served.hold_id not in hold.chosen([(served.hold_id, size)], [(held.key, held.nbytes) for held in others], self.rules.bounds):
-                logger.info("%s is not protected from deletion: others are held (--hold)", printable(served.checkpoint))
-                return
+            if served.hold_id not in hold.chosen([(served.hold_id, size)], [(held.key, held.nbytes) for held in others], bounds):
+                return f"{len(others)} others are held (--hold)"
             # Noted before it is there: a server that is killed in between leaves nothing that nobody knows of.
             self.jobs.note_hold(served.hold_id, facts)
             hold.take(found, served.identity, served.signature, (served.weights,), served.results_dir)
         except OSError as error:
-            logger.info("%s is not protected from deletion: %s", printable(served.checkpoint), error.strerror)
+            return f"a hard link cannot be made ({error.strerror})"
         self._release(served.hold_id, facts)
+        return None
 
     def _release(self, key: str, facts: dict[str, Any]) -> None:
         """Lets go of a hold that no job needs any more."""
@@ -123,12 +138,20 @@ class Desk:
         self.jobs.forget_hold(key)
 
     def sweep(self) -> None:
-        """Lets go of what jobs have left that came to no orderly end, queues those again whose record could not be written, and forgets the
-        oldest."""
+        """Lets go of what jobs have left that came to no orderly end, holds what could not be held before, queues those again whose record
+        could not be written, and forgets the oldest."""
         self.jobs.deliver_again()
         self.jobs.forget_old()
         for key, facts in self.jobs.holds().items():
             self._release(key, facts)
+        for served in self.jobs.unheld():
+            found = _as_it_was(served)
+            if found is not None:
+                self._protect(served, found)
+
+    def is_busy(self) -> bool:
+        """True while a client's job waits or runs."""
+        return bool(self.jobs.waiting() or self.jobs.running())
 
     async def ask(self, job: str) -> JobInfo:
         """What is known of a job; called by an event loop.
@@ -207,6 +230,15 @@ class Desk:
         if count == 0:
             raise ProtocolError(f"no watch looks at {printable(path)}", status=404)
         return count
+
+
+def _as_it_was(served: Served) -> Found | None:
+    """The checkpoint of a job, unless it has changed or gone since."""
+    try:
+        found = formats.identify_path(served.checkpoint)
+    except OSError:
+        return None
+    return found if found is not None and found.listing.signature() == served.signature else None
 
 
 def _iso(moment: str | None) -> str | None:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,24 @@ from assayer.server.desk import Desk
 from assayer.server.merging import Merger
 from assayer.server.tasks import Tasks
 
-__all__ = ["bind", "leave", "serve"]
+__all__ = ["BY_SHUTDOWN", "Until", "bind", "leave", "serve"]
 
 logger = logging.getLogger(__name__)
 
 # Seconds: that a client may take for its first request's headers, that an idle connection is kept, between two sweeps, between two
-# looks whether workers and Redis are cared for, and between two whether a shutdown was ordered.
+# looks whether workers and Redis are cared for, between two whether a shutdown was ordered, and between two whether the end has come.
 HEADERS_TIMEOUT = 20
 KEEP_ALIVE = 75
 SWEEP = 15.0
 CARE = 2.0
 LOOK = 0.5
+END_LOOK = 1.0
+FOREVER = 1e9
 # Seconds that requests in hand may take when the server is told to end, and threads that ask Redis side by side.
 LEAVE = 0.4
 QUICK = 8
+
+BY_SHUTDOWN = "by assayer.shutdown"
 
 
 class _Impatient(H11Protocol):
@@ -107,6 +112,14 @@ def bind(host: str, port: int) -> socket.socket:
         raise StateError(f"cannot listen on {printable(host)}:{port} ({reason}); give another --host or --port") from None
 
 
+@dataclass(frozen=True)
+class Until:
+    """When a server ends by itself: after so many seconds without a job that waits or runs; once this file exists, after the last one."""
+
+    idle: float | None = None
+    file: str | None = None
+
+
 def serve(
     desk: Desk,
     listening: socket.socket,
@@ -115,8 +128,9 @@ def serve(
     ready: Callable[[], None],
     care: Callable[[], None],
     queues: list[str],
-) -> bool:
-    """Answers until it is told to end; True when a shutdown has told so.
+    until: Until,
+) -> str | None:
+    """Answers until it is told to end, or ends by itself; why, where no signal has told so.
 
     Args:
         desk: does the work.
@@ -126,6 +140,7 @@ def serve(
         ready: called once requests are answered.
         care: called every few seconds; starts again what was killed.
         queues: whose order to stop is heeded.
+        until: when it ends by itself.
     """
     with contextlib.suppress(ValueError, OSError):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -134,7 +149,7 @@ def serve(
     # What asks Redis alone; what touches files, which may hang, has threads of its own.
     loop.set_default_executor(ThreadPoolExecutor(QUICK))
     try:
-        return loop.run_until_complete(_serve(desk, listening, token, state, ready, care, queues))
+        return loop.run_until_complete(_serve(desk, listening, token, state, ready, care, queues, until))
     finally:
         for task in asyncio.all_tasks(loop):
             task.cancel()
@@ -158,7 +173,8 @@ async def _serve(
     ready: Callable[[], None],
     care: Callable[[], None],
     queues: list[str],
-) -> bool:
+    until: Until,
+) -> str | None:
     loop = asyncio.get_running_loop()
     tasks = Tasks(state, desk.rules.include_path)
     app = application(desk, Merger(desk.rules.roots, desk.rules.merging), tasks, token)
@@ -177,15 +193,16 @@ async def _serve(
     gc.freeze()
     if server.started:
         ready()
-    ordered = asyncio.create_task(_ordered(desk, queues, ended))
-    await asyncio.wait([asyncio.create_task(ended.wait()), running], return_when=asyncio.FIRST_COMPLETED)
+    by_itself = [asyncio.create_task(_ordered(desk, queues)), asyncio.create_task(_over(desk, until))]
+    by_signal = asyncio.create_task(ended.wait())
+    await asyncio.wait([by_signal, running, *by_itself], return_when=asyncio.FIRST_COMPLETED)
+    why = next((task.result() for task in by_itself if task.done()), None)
     server.should_exit = True
-    for task in (*beside, ordered):
+    for task in (*beside, *by_itself, by_signal):
         task.cancel()
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(asyncio.shield(running), LEAVE)
-    was_ordered = ordered.done() and not ordered.cancelled() and ordered.result()
-    return bool(was_ordered)
+    return why
 
 
 def _config(app: ASGIApp) -> uvicorn.Config:
@@ -228,14 +245,35 @@ async def _care(care: Callable[[], None]) -> None:
         await asyncio.sleep(CARE)
 
 
-async def _ordered(desk: Desk, queues: list[str], ended: asyncio.Event) -> bool:
-    """True as soon as a shutdown, here or on another host, has told all that serve these queues to end."""
+async def _ordered(desk: Desk, queues: list[str]) -> str:
+    """Returns as soon as a shutdown, here or on another host, has told all that serve these queues to end."""
     before = None
     while True:
         with contextlib.suppress(redis.RedisError):
             now = await asyncio.to_thread(stop_orders, desk.connection, queues)
             if before is not None and now > before:
-                ended.set()
-                return True
+                return BY_SHUTDOWN
             before = now
         await asyncio.sleep(LOOK)
+
+
+async def _over(desk: Desk, until: Until) -> str:
+    """Returns when the server's end has come by itself, and why; never where nothing says when."""
+    loop = asyncio.get_running_loop()
+    quiet = 0
+    since = loop.time()
+    while True:
+        await asyncio.sleep(END_LOOK if until != Until() else FOREVER)
+        try:
+            busy = await asyncio.to_thread(desk.is_busy)
+        except redis.RedisError:
+            continue
+        # For a moment, a job that a worker takes is neither here nor there.
+        quiet = 0 if busy else quiet + 1
+        since = loop.time() if busy else since
+        if quiet < 2:
+            continue
+        if until.file is not None and await asyncio.to_thread(os.path.exists, until.file):
+            return f"{printable(until.file)} exists, and nothing waits"
+        if until.idle is not None and loop.time() - since >= until.idle:
+            return f"nothing has waited or run for {until.idle:g} s"

@@ -19,7 +19,7 @@ from assayer.errors import StateError
 from assayer.files import printable, write_json
 from assayer.merge.output import part_folder
 from assayer.progress import remove as remove_progress
-from assayer.queues.enqueue import LOST_MAX, is_wanted, note_served
+from assayer.queues.enqueue import LOST_MAX, is_wanted, note_of, note_served
 from assayer.queues.served import Served, ServedJobs, answer, is_cancelled, note_undelivered
 from assayer.record import Place, Record, now_utc, read
 from assayer.refs import PACKAGE_PARENT, Reference
@@ -116,6 +116,8 @@ def _evaluate(job: Job, task: Served) -> Any:
         return _deliver(job, place, task, replace(base, status="failed", error=cause, ended=now_utc()))
     source = _source(task)
     gone = changed(task, source) if task.identity else None
+    if gone and gone.status == "vanished":
+        gone.error["message"] += note_of(job)
     if gone:
         return _deliver(job, place, task, replace(base, status=gone.status, error=gone.error, ended=now_utc()))
     logger.info("-> %s running", printable(task.description))

@@ -234,3 +234,61 @@ def test_a_merge_that_a_client_keeps_is_its_jobs_own_after_a_lost_worker(house: 
         assert (kept / "model.safetensors").exists()
         again = server.tell("POST", "/evaluate", {"model": "slow", "tasks": [gate], "lmms_engine_kwargs": engine})
         assert again[0] == 422, "a later job's it is not"
+
+
+def test_what_cannot_be_held_is_said_and_held_when_others_are_let_go(house: House) -> None:
+    """Clients that keep nothing themselves submit more than the server holds."""
+    gate = house.root / "gate"
+    paths = [house.save(f"run/model_step{step}.pt", step) for step in (1, 2, 3)]
+    folder = house.runs / "run" / "evals" / ".hold"
+
+    def held() -> list[str]:
+        return sorted(path.name for path in folder.glob("*/*.pt"))
+
+    with served(house, "--hold", 2, workers=1) as server:
+        busy = server.submit("slow", [str(gate)])
+        server.until_running(busy)
+        first, *_, last = [server.submit("mine", ["a"], model_args={"pretrained": str(path)}) for path in paths]
+        assert held() == ["model_step1.pt", "model_step2.pt"], "the oldest are what rotation deletes first"
+        assert "model_step3.pt waits unprotected from deletion: 2 others are held (--hold)" in (house.root / "server.log").read_text()
+        server.tell("DELETE", f"/jobs/{first}")
+        until(lambda: held() == ["model_step2.pt", "model_step3.pt"])
+        paths[2].unlink()
+        gate.touch()
+        assert server.wait(last)["status"] == "completed"
+
+
+def test_one_that_vanishes_unheld_says_why_it_was_not_held(house: House) -> None:
+    gate = house.root / "gate"
+    path = house.save("run/model_step1.pt")
+    with served(house, "--hold", 0, workers=1) as server:
+        server.until_running(server.submit("slow", [str(gate)]))
+        job = server.submit("mine", ["a"], model_args={"pretrained": str(path)})
+        path.unlink()
+        gate.touch()
+        assert "was deleted before it could be evaluated; it was not protected from deletion: --hold 0" in server.wait(job)["error"]
+
+
+def test_until_file_a_server_evaluates_what_is_left_and_frees_the_workers(house: House) -> None:
+    gate, done = house.root / "gate", house.root / "done"
+    with served(house, "--until_file", done, workers=1) as server:
+        running = server.submit("slow", [str(gate)])
+        waiting = server.submit("mine", ["a"])
+        server.until_running(running)
+        done.touch()
+        time.sleep(3)
+        assert server.get(f"/jobs/{waiting}")["status"] == "queued"
+        gate.touch()
+        assert server.process.wait(30) == 0
+    assert "ended: " in (house.root / "server.log").read_text()
+    until(lambda: not house.workers("eval"), what="the workers have ended")
+    with served(house, workers=0) as server:
+        assert server.get(f"/jobs/{waiting}")["status"] == "completed"
+
+
+def test_until_idle_a_server_ends_by_itself(house: House) -> None:
+    with served(house, "--until_idle", 2, workers=1) as server:
+        assert server.wait(server.submit("mine", ["a"]))["status"] == "completed"
+        assert server.process.wait(30) == 0
+    assert "nothing has waited or run for 2 s" in (house.root / "server.log").read_text()
+    until(lambda: not house.workers("eval"))
