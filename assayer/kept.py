@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from assayer import formats, second_names
-from assayer.checkpoint import list_path
+from assayer.checkpoint import Listing, list_path
 from assayer.files import read_json, write_json
 from assayer.record import hold_folder, hold_key
 
@@ -46,6 +46,19 @@ class Kept:
     def is_there(self) -> bool:
         return (self.folder / _FACTS).exists()
 
+    @property
+    def is_the_same(self) -> bool:
+        """True while what lies at the first path are the files that are kept, perhaps with others beside them, or written over in place."""
+        try:
+            return self._is_of(list_path(self.checkpoint, formats.all_folders()))
+        except OSError:
+            return False
+
+    def _is_of(self, listing: Listing) -> bool:
+        """True when no file of this listing of the first path is another one under its second name."""
+        before = {entry.name: entry.inode for entry in list_path(self.path, formats.all_folders()).entries}
+        return all(before.get(entry.name, entry.inode) == entry.inode for entry in listing.entries)
+
     def keep(self) -> bool:
         """Gives the files second names that are there now, and have none; True when the checkpoint is kept.
 
@@ -62,8 +75,7 @@ class Kept:
             form = formats.all_formats()[name]
             listing = listing.within(form.FOLDERS)
             if self.is_there:
-                before = {entry.name: entry.inode for entry in list_path(self.path, form.FOLDERS).entries}
-                if all(before.get(entry.name, entry.inode) == entry.inode for entry in listing.entries):
+                if self._is_of(listing):
                     second_names.add(listing, form, Path(self.path))
                 os.utime(self.folder / _FACTS)
                 return True

@@ -89,7 +89,9 @@ def test_it_speaks_for_checkpoints_of_its_own_directory_alone(tmp_path: Path) ->
     assert kept.left_by("the owner", one.folder.parent) == [one]
     assert kept.left_by("another", one.folder.parent) == []
     facts = json.loads((one.folder / "kept.json").read_text())
-    for wrong in ({**facts, "checkpoint": str(tmp_path / "elsewhere" / "m_step1.pt")}, {"checkpoint": 1}, [], None):
+    elsewhere = {**facts, "checkpoint": str(tmp_path / "elsewhere" / "m_step1.pt")}
+    wrongs: list[object] = [elsewhere, {"checkpoint": 1}, [], None]
+    for wrong in wrongs:
         write_json(one.folder / "kept.json", wrong)
         assert kept.at(one.path) is None
         assert kept.left_by("the owner", one.folder.parent) == []

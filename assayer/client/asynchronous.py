@@ -1,5 +1,6 @@
 """Evaluations that a training loop drives, and never waits for."""
 
+import atexit
 import logging
 import os
 import sys
@@ -25,6 +26,9 @@ __all__ = ["AsyncEvaluation", "is_first_rank"]
 
 logger = logging.getLogger(__name__)
 
+# Seconds that the end of the process may wait for what is to be written down.
+AT_EXIT = 1.0
+
 
 class AsyncEvaluation:
     """Submits a training's checkpoints to an evaluation server, and collects their metrics.
@@ -33,7 +37,7 @@ class AsyncEvaluation:
     hangs, refuses or restarts never delays a step. What fails is tried again, with growing waits of at most a minute. Jobs are remembered
     in ``<output_dir>/evals/pending-<name>`` before they are submitted, and again once their points were taken: a restarted training goes on
     collecting, and logs nothing twice. (A process that is killed within the milliseconds between taking a point and writing that down takes
-    it again: twice the same number at the same step, rather than none.)
+    it again: twice the same number at the same step, rather than none. One that ends, by an exception too, writes down what it has.)
 
     A checkpoint is kept from the trainer's rotation from the moment it is submitted until it has been evaluated, whether or not the server
     can be reached: its model files get second names (hard links) below ``evals/.hold``, and the server is told those.
@@ -78,33 +82,36 @@ class AsyncEvaluation:
         self.config = config if isinstance(config, EvalConfig) else EvalConfig.of(config)
         self.weights = tuple(dict.fromkeys(weights))
         self._client = EvalClient(self.config.server_url, token, timeout)
-        # Taken now: to ask for it later would be a call of the system, in the middle of a step.
-        self._directory = os.getcwd()
-        self._output_dir = Path(self._absolute(os.fspath(output_dir)))
+        self._output_dir = Path(os.path.abspath(output_dir))
         self._name, self._style, self._rank, self._patience = name, style, rank, patience or Patience()
         self._hold, self._hold_min_free = hold, hold_min_free
         self._mailbox = Mailbox()
         self._thread: threading.Thread | None = None
 
-    def _absolute(self, path: str) -> str:
-        return os.path.normpath(os.path.join(self._directory, path))
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the thread and what is in its hands: a copy, in another process or in this one, has its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("_mailbox", "_thread")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _mailbox=Mailbox(), _thread=None)
 
     @property
     def is_active(self) -> bool:
         """True in the one process that talks."""
         return self._rank == 0 if self._rank is not None else is_first_rank()
 
-    def submit(self, checkpoint: str | os.PathLike[str], step: int) -> None:
+    def submit(self, checkpoint: str | os.PathLike[str], step: int, *, is_saved: bool = False) -> None:
         """Has a checkpoint evaluated; returns at once. The same checkpoint a second time, not saved anew, is not evaluated again.
 
         Args:
             checkpoint: its file or directory, which may still be written.
             step: the step at which its metrics are logged.
+            is_saved: it lies there, so that nothing is waited for where it does not any more.
         """
         if not self.is_active:
             return
-        path = self._absolute(os.fspath(checkpoint))
-        self._mailbox.order([Order(str(uuid.uuid4()), path, int(step), weights) for weights in self.weights])
+        path = os.path.abspath(checkpoint)
+        self._mailbox.order([Order(str(uuid.uuid4()), path, int(step), weights, is_saved) for weights in self.weights])
         self._start()
 
     def poll(self) -> list[Point]:
@@ -142,6 +149,8 @@ class AsyncEvaluation:
         """Ends the thread, waiting for it at most so many seconds; what is out stays remembered, and a later call goes on with it."""
         thread, self._thread = self._thread, None
         if thread:
+            if _living.get(self._file().path) is self:
+                del _living[self._file().path]
             mailbox, self._mailbox = self._mailbox, Mailbox()
             mailbox.close()
             thread.join(timeout)
@@ -151,12 +160,37 @@ class AsyncEvaluation:
 
     def _start(self) -> None:
         """Starts the thread, in the process that calls: one that was forked has none."""
-        if self._thread is None or not self._thread.is_alive():
-            file = self._file()
-            keeping = Keeping(file.path, self._hold, self._hold_min_free)
-            courier = Courier(self._mailbox, self._client, self.config, file, keeping, self._style, self._patience)
-            self._thread = threading.Thread(target=courier.run, name="assayer-client", daemon=True)
-            self._thread.start()
+        if self._thread is not None and self._thread.is_alive():
+            return
+        file = self._file()
+        # One that this process had before, and that nobody closed, such as after an exception in a notebook.
+        before = _living.get(file.path)
+        if before is not None and before is not self:
+            before.close(0.0)
+        _living[file.path] = self
+        keeping = Keeping(file.path, self._hold, self._hold_min_free)
+        courier = Courier(self._mailbox, self._client, self.config, file, keeping, self._style, self._patience)
+        thread = threading.Thread(target=courier.run, name="assayer-client", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            # No room for a thread now: the next call tries again, and no step fails for it.
+            logger.warning("evaluations wait: %s", error)
+            return
+        self._thread = thread
+
+
+# Those of this process that were not closed, by their file: also one that nobody refers to any more has evaluations out.
+_living: dict[Path, AsyncEvaluation] = {}
+
+
+def _close_all() -> None:
+    """At the end of the process: what was ordered a moment ago is remembered, and what was taken counts as logged."""
+    for evaluation in list(_living.values()):
+        evaluation.close(AT_EXIT)
+
+
+atexit.register(_close_all)
 
 
 def is_first_rank() -> bool:

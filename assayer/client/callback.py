@@ -10,8 +10,9 @@
 
 Points are written by the trainer's own logger into the training's own run, at the checkpoint's step: TensorBoard and MLflow get it as the
 step, W&B as the field ``global_step`` (Lightning: ``trainer/global_step``), since its own step cannot go back. At the end of training, what
-is out is waited for, at most ``finish_timeout`` seconds, by the first rank alone: where the others go on to a collective operation, let it
-be less than the process group's own time-out. This module imports neither library; each function imports the one it needs.
+is out is waited for by the first rank alone, at most ``finish_timeout`` seconds: by default an hour, or, where other ranks may wait for it
+in a collective operation, half of the process group's own time-out. This module imports neither library; each function imports the one it
+needs.
 """
 
 import copy
@@ -20,6 +21,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from assayer.client.asynchronous import AsyncEvaluation
@@ -31,8 +33,9 @@ __all__ = ["FINISH_TIMEOUT", "Log", "attach_to_trainer", "from_trainer_args", "l
 
 logger = logging.getLogger(__name__)
 
-# Seconds for which the end of a training waits for what is out.
+# Seconds for which the end of a training waits for what is out, and the time-out of a process group that does not tell its own.
 FINISH_TIMEOUT = 3600.0
+GROUP_TIMEOUT = 1800.0
 
 # What a loop's logger is called with: the metrics with ``global_step``, and the checkpoint's step.
 Log = Callable[[dict[str, Any], int], object]
@@ -52,10 +55,28 @@ def step_end(evaluation: AsyncEvaluation, log: Log, checkpoint: str | os.PathLik
     _log_all(evaluation.poll(), log)
 
 
-def train_end(evaluation: AsyncEvaluation, log: Log, finish_timeout: float = FINISH_TIMEOUT) -> None:
-    """For the end of a loop: waits for what is out, at most so many seconds, and logs it."""
-    _log_all(evaluation.finish(finish_timeout), log)
+def train_end(evaluation: AsyncEvaluation, log: Log, finish_timeout: float | None = None) -> None:
+    """For the end of a loop: waits for what is out, at most so many seconds (default: see above), and logs it."""
+    _log_all(evaluation.finish(_patience(finish_timeout)), log)
     evaluation.close()
+
+
+def _patience(finish_timeout: float | None) -> float:
+    """How long the end of this training may wait: other ranks may stand in a collective operation meanwhile, which has a time-out."""
+    if finish_timeout is not None:
+        return finish_timeout
+    distributed: Any = getattr(sys.modules.get("torch"), "distributed", None)
+    is_group = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if not is_group or distributed.get_world_size() == 1:
+        return FINISH_TIMEOUT
+    found = [GROUP_TIMEOUT]
+    try:
+        # torch has no public question for it.
+        group = distributed.distributed_c10d._get_default_group()
+        found = [group._get_backend(device).options._timeout.total_seconds() for device in group._device_types] or found
+    except (AttributeError, RuntimeError, TypeError):
+        logger.debug("the process group does not tell its time-out")
+    return min(FINISH_TIMEOUT, *(seconds / 2 for seconds in found))
 
 
 def _log_all(points: list[Point], log: Log) -> None:
@@ -92,7 +113,7 @@ def attach_to_trainer(
     evaluation: AsyncEvaluation,
     eval_strategy: str | None = None,
     eval_steps: int | None = None,
-    finish_timeout: float = FINISH_TIMEOUT,
+    finish_timeout: float | None = None,
 ) -> Any:
     """Adds the callback to a transformers ``Trainer``, and returns it.
 
@@ -101,9 +122,10 @@ def attach_to_trainer(
 
     Args:
         eval_strategy, eval_steps: which checkpoints are evaluated (see ``Schedule``); default: all that are saved.
-        finish_timeout: seconds for which the end of training waits.
+        finish_timeout: seconds for which the end of training waits; default: see above.
     """
     from transformers import TrainerCallback
+    from transformers.trainer_utils import has_length
 
     schedule = Schedule(eval_strategy, eval_steps)
 
@@ -111,24 +133,30 @@ def attach_to_trainer(
         """Submits what was saved, logs what came."""
 
         submitted: tuple[str, int] | None = None
+        epochs = 0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.submitted, self.epochs = None, int(state.epoch or 0)
             schedule.begin(state.global_step, state.epoch)
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+            # Before what is saved at the epoch's end; where a data set has no length, the trainer's own count is no count of epochs.
+            self.epochs += not has_length(train_dataloader)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             path = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             # The end of an epoch saves the step once more that was saved a moment ago.
             is_new = self.submitted != (path, state.global_step)
-            if state.is_world_process_zero and is_new and schedule.takes(state.global_step, state.epoch):
+            if state.is_world_process_zero and is_new and schedule.takes(state.global_step, max(state.epoch or 0, self.epochs)):
                 self.submitted = (path, state.global_step)
-                evaluation.submit(path, state.global_step)
+                evaluation.submit(path, state.global_step, is_saved=True)
             self.write(evaluation.poll)
 
         def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.write(evaluation.poll)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.write(lambda: evaluation.finish(finish_timeout))
+            self.write(lambda: evaluation.finish(_patience(finish_timeout)))
             evaluation.close()
 
         def write(self, take: Callable[[], list[Point]]) -> None:
@@ -149,9 +177,17 @@ def _log_in_trainer(trainer: Any, own: Any, fields: dict[str, Any], step: int) -
     for callback in trainer.callback_handler.callbacks:
         write = _WRITERS.get(type(callback).__name__)
         if write:
-            write(callback, metrics, step)
+            _try(callback, fields, partial(write, callback, metrics, step))
         elif callback is not own:
-            callback.on_log(trainer.args, then, trainer.control, logs=dict(fields), model=trainer.model)
+            _try(callback, fields, partial(callback.on_log, trainer.args, then, trainer.control, logs=dict(fields), model=trainer.model))
+
+
+def _try(logger_of_theirs: object, fields: Mapping[str, Any], write: Callable[[], object]) -> None:
+    """Has one logger write a point; one that fails keeps it from no other, and never from the training."""
+    try:
+        write()
+    except Exception:
+        logger.exception("%s could not log %s", type(logger_of_theirs).__name__, fields)
 
 
 def _to_tensorboard(callback: Any, metrics: dict[str, float], step: int) -> None:
@@ -192,16 +228,17 @@ def lightning_callback(
     evaluation: AsyncEvaluation,
     eval_strategy: str | None = None,
     eval_steps: int | None = None,
-    finish_timeout: float = FINISH_TIMEOUT,
+    finish_timeout: float | None = None,
 ) -> Any:
     """A Lightning ``Callback`` (of ``lightning``, else of ``pytorch_lightning``), for ``Trainer(callbacks=[...])``.
 
-    What is saved is learned from ``Trainer.save_checkpoint``, through which every ModelCheckpoint saves; while it fits, the callback stands
-    around it. One checkpoint a step is evaluated: the first, so that it is not ``last.ckpt``, which the next step overwrites.
+    What is saved is learned from ``Trainer.save_checkpoint``, through which every ModelCheckpoint saves; while it fits, the callback
+    stands around it. One checkpoint a step is evaluated: the first, which is ``last.ckpt`` only where no other is saved at that step. What
+    Lightning saves for its tuner (hidden files), and all of a ``fast_dev_run``, is left alone.
 
     Args:
         eval_strategy, eval_steps: which checkpoints are evaluated (see ``Schedule``); default: all that are saved.
-        finish_timeout: seconds for which the end of training waits.
+        finish_timeout: seconds for which the end of training waits; default: see above.
     """
     try:
         library = importlib.import_module("lightning.pytorch")
@@ -215,28 +252,28 @@ def lightning_callback(
         submitted = -1
         epochs = 0
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            # As when processes are spawned: the class is made anew there.
+            return lightning_callback, (evaluation, eval_strategy, eval_steps, finish_timeout)
+
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            if stage == "fit":
-                save = type(trainer).save_checkpoint
-
-                def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
-                    save(trainer, filepath, *args, **kwargs)
-                    self.saved(trainer, filepath)
-
-                trainer.save_checkpoint = save_checkpoint
+            if stage == "fit" and not trainer.fast_dev_run:
+                _followers(trainer).append(self)
 
         def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            vars(trainer).pop("save_checkpoint", None)
+            if self in _followers(trainer):
+                _followers(trainer).remove(self)
 
         def saved(self, trainer: Any, path: Any) -> None:
             step = trainer.global_step
             epoch = max(self.epochs, trainer.current_epoch + bool(trainer.is_last_batch))
-            if trainer.is_global_zero and step != self.submitted and schedule.takes(step, epoch):
+            is_meant = trainer.is_global_zero and not os.path.basename(path).startswith(".")
+            if is_meant and step != self.submitted and schedule.takes(step, epoch):
                 self.submitted = step
-                evaluation.submit(path, step)
+                evaluation.submit(path, step, is_saved=not _saves_later(trainer))
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.epochs = trainer.current_epoch
+            self.submitted, self.epochs = -1, trainer.current_epoch
             schedule.begin(trainer.global_step, trainer.current_epoch)
 
         def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
@@ -247,18 +284,42 @@ def lightning_callback(
             self.epochs = trainer.current_epoch + 1
 
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-            self.write(trainer, lambda: evaluation.finish(finish_timeout))
+            self.write(trainer, lambda: evaluation.finish(_patience(finish_timeout)))
             evaluation.close()
 
         def write(self, trainer: Any, take: Callable[[], list[Point]]) -> None:
-            if trainer.is_global_zero:
+            # A point that is taken counts as logged: where nothing logs, it stays for a training that does.
+            if trainer.is_global_zero and not trainer.fast_dev_run and trainer.loggers:
                 _log_all(take(), lambda fields, step: _log_in_lightning(trainer, fields, step))
 
     return Evaluation()
+
+
+def _followers(trainer: Any) -> list[Any]:
+    """The callbacks that are told what this trainer saves, in its own list of them."""
+    saving = vars(trainer).get("save_checkpoint")
+    if not hasattr(saving, "followers"):
+        save = trainer.save_checkpoint
+        followers: list[Any] = []
+
+        def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
+            save(filepath, *args, **kwargs)
+            for each in followers:
+                each.saved(trainer, filepath)
+
+        save_checkpoint.followers = followers  # type: ignore[attr-defined]
+        trainer.save_checkpoint = saving = save_checkpoint
+    found: list[Any] = saving.followers
+    return found
+
+
+def _saves_later(trainer: Any) -> bool:
+    """True where a thread of Lightning's writes what training goes on without."""
+    return any("Async" in kind.__name__ for kind in type(trainer.strategy.checkpoint_io).__mro__)
 
 
 def _log_in_lightning(trainer: Any, fields: dict[str, Any], step: int) -> None:
     """Every logger of the trainer gets the metrics at the checkpoint's step; W&B's makes the field ``trainer/global_step`` of it."""
     metrics = {name: value for name, value in fields.items() if name != "global_step"}
     for each in trainer.loggers:
-        each.log_metrics(metrics, step=step)
+        _try(each, fields, partial(each.log_metrics, metrics, step=step))

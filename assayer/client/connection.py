@@ -58,6 +58,9 @@ class EvalClient:
         is_here = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
         self._opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if is_here else []))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EvalClient, (self.base_url, self._token, self.timeout)
+
     def __repr__(self) -> str:
         return f"EvalClient({self.base_url!r})"
 

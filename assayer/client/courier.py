@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import random
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 from assayer.client.config import EvalConfig
 from assayer.client.connection import EvalClient
 from assayer.client.keeping import Keeping
-from assayer.client.mailbox import Mailbox, Point
+from assayer.client.mailbox import Mailbox, Order, Point
 from assayer.client.names import named
 from assayer.client.pending import Job, PendingFile, signature_of
 from assayer.errors import AssayerError, ServerError
@@ -40,7 +41,7 @@ class Patience:
     first: float = 1.0
     most: float = 60.0
     lock: float = 60.0
-    absent: float = 600.0
+    absent: float = 120.0
     forgotten: int = 3
     unreadable: int = 10
 
@@ -73,7 +74,10 @@ class Courier:
         self._keeping = keeping
         self._style = style
         self._patience = patience
+        # All jobs, by key; and their keys by place, and by the path of their checkpoint.
         self._jobs: dict[str, Job] = {}
+        self._places: dict[tuple[str, int, str], str] = {}
+        self._at: dict[str, set[str]] = {}
         # When a job is next asked for, since when its checkpoint is waited for, and how often it failed in a row; of the server as a whole
         # under "".
         self._due: dict[str, float] = {}
@@ -87,8 +91,11 @@ class Courier:
 
     def run(self) -> None:
         """Until the mailbox is closed: carries what there is, then waits until something is due, or the mailbox wakes it."""
-        while not self._mailbox.is_closed:
+        while True:
+            # Cleared before it is looked at: a call to wake between the two is heeded.
             self._mailbox.wake.clear()
+            if self._mailbox.is_closed:
+                break
             try:
                 self._round()
             except Exception:
@@ -99,11 +106,14 @@ class Courier:
         self._leave()
 
     def _leave(self) -> None:
-        """What is in the mailbox is remembered, unless the file is another training's still."""
-        if self._is_loaded:
-            self._sort_mail()
-            self._save()
-        elif orders := self._mailbox.take_orders()[0]:
+        """What is in the mailbox is remembered, in another file where this one is another training's still."""
+        try:
+            if self._is_loaded or (self._mailbox.has_orders and self._load(is_late=True)):
+                self._sort_mail()
+                self._save()
+        except Exception:
+            logger.exception("what is out is not remembered")
+        if orders := self._mailbox.take_orders()[0]:
             logger.warning("not submitted, and not remembered: %s", ", ".join(order.checkpoint for order in orders))
         self._file.unlock()
 
@@ -115,7 +125,7 @@ class Courier:
         return max(due, self._due.get("", 0.0)) - now
 
     def _round(self) -> None:
-        if not self._is_loaded and not self._load():
+        if not self._is_loaded and not self._load(time.monotonic() - self._began >= self._patience.lock):
             return
         self._sort_mail()
         self._save()
@@ -134,25 +144,31 @@ class Courier:
                 self._sort_mail()
                 self._save()
 
-    def _load(self) -> bool:
-        """Reads what an earlier training left; False while that one still has the file, or it cannot be read, for a while."""
-        is_late = time.monotonic() - self._began >= self._patience.lock
+    def _load(self, is_late: bool) -> bool:
+        """Reads what an earlier training left; False while that one still has the file, or it cannot be read.
+
+        Once it is late for that, a training that goes on in the file is left alone with it, and another file is taken.
+        """
         jobs: list[Job] = []
         try:
-            if not self._file.try_lock() and not is_late:
-                self._say_of_file(f"{self._file.path}: another training has this file of pending evaluations; waiting for it to end")
-                return False
+            if not self._file.try_lock():
+                has = f"{self._file.path}: another training has this file of pending evaluations"
+                if not is_late or not self._file.beside():
+                    self._say_of_file(f"{has}; waiting for it to end")
+                    return False
+                logger.warning("%s; those of this one are in %s", has, self._file.path.name)
+                self._keeping.owner = str(self._file.path)
             jobs = self._file.read()
+            self._keeping.take_over(jobs)
         except OSError as error:
             self._say_of_file(f"{self._file.path} cannot be read ({error.strerror}), and with it what an earlier training left")
             if not is_late:
                 return False
-        self._jobs = {job.key: job for job in jobs}
-        if not is_late:
-            self._keeping.take_over(jobs)
+        for job in jobs:
+            self._add(job)
         self._is_loaded = True
-        self._mailbox.loaded({job.key: _words(job) for job in jobs if job.is_out})
-        waiting = [job for job in jobs if job.is_out]
+        waiting = {job.key: _words(job) for job in jobs if job.is_out}
+        self._mailbox.loaded(waiting)
         if waiting:
             logger.info("%d evaluations of an earlier training are still out", len(waiting))
         for job in jobs:
@@ -160,31 +176,41 @@ class Courier:
                 self._mailbox.settle(job.key, _point(job))
         return True
 
+    def _add(self, job: Job) -> None:
+        self._jobs[job.key] = job
+        self._places[job.place] = job.key
+        self._at.setdefault(job.checkpoint, set()).add(job.key)
+
     def _sort_mail(self) -> None:
         """Orders become jobs, points that were handed out are logged."""
         orders, handed = self._mailbox.take_orders()
         for key in handed:
             self._logged.add(key)
             if key in self._jobs:
-                self._put(replace(self._jobs[key], state="logged", metrics={}))
+                # So much as tells that it is known.
+                self._put(replace(self._jobs[key], state="logged", metrics={}, job_id=None, sent_as="", path=""))
         self._is_dirty |= bool(handed)
         for order in orders:
             signature = signature_of(order.checkpoint)
-            twin = next((j for j in self._jobs.values() if j.is_of(order.checkpoint, order.step, order.weights)), None)
+            twin = self._jobs.get(self._places.get((order.checkpoint, order.step, order.weights), ""))
             if twin and twin.signature == signature and twin.state != "ended":
                 logger.info("%s (%s) is known already, and not evaluated twice", order.checkpoint, order.weights)
                 self._mailbox.settle(order.key, None)
                 continue
             if twin:
                 self._drop(twin)
+            self._end_overwritten(order, signature)
             job = Job(order.key, order.checkpoint, order.step, order.weights, signature, sent_as=order.key)
             self._put(job)
             # At once: the next save may delete it.
             self._keeping.keep(job, self._jobs)
+            if order.is_saved:
+                self._absent[job.key] = -math.inf
 
     def _drop(self, twin: Job) -> None:
         """The checkpoint was saved anew, by a training that was resumed before it: nobody waits for its earlier weights."""
         del self._jobs[twin.key]
+        self._at[twin.checkpoint].discard(twin.key)
         self._is_dirty = True
         if twin.job_id is None:
             # Whoever evaluates it lets go of it at the end, or the next training.
@@ -193,9 +219,19 @@ class Courier:
             logger.info("%s was saved anew: its earlier evaluation (job %s) is not waited for", twin.checkpoint, twin.job_id)
             self._mailbox.settle(twin.key, None)
 
+    def _end_overwritten(self, order: Order, signature: str) -> None:
+        """Ends what waits of an earlier step at the same path, such as ``last.ckpt``: the weights there are a later step's by now."""
+        for job in [self._jobs[key] for key in self._at.get(order.checkpoint, ())]:
+            is_earlier = job.state == "new" and job.step != order.step and job.signature != signature
+            if is_earlier and not self._keeping.has_earlier(job):
+                note = f"it was overwritten by step {order.step} before it could be submitted"
+                logger.warning("%s (%s) of step %d is not evaluated: %s", job.checkpoint, job.weights, job.step, note)
+                self._put(replace(job, state="ended", note=note))
+                self._mailbox.settle(job.key, None)
+
     def _put(self, job: Job) -> None:
         self._is_dirty |= self._jobs.get(job.key) != job
-        self._jobs[job.key] = job
+        self._add(job)
         if not job.is_out:
             self._keeping.release(job.key)
 
@@ -209,6 +245,8 @@ class Courier:
             self._file.try_lock()
         except OSError as error:
             self._say_of_file(f"{self._file.path} cannot be written ({error.strerror}); a restarted training would not know of what is out")
+            # Nobody is to wait for that.
+            self._mailbox.written(self._logged)
             return
         self._is_dirty = False
         self._said_of_file.clear()
@@ -281,8 +319,12 @@ class Courier:
             self._mailbox.wake.set()
 
         threading.Thread(target=ask, name="assayer-request", daemon=True).start()
+        # The client's own time-out counts what it reads; this one counts, too, where a server sends a header's letter now and then.
+        deadline = time.monotonic() + 2 * (self._client.timeout or 60.0)
         while not answers:
-            self._mailbox.wake.wait()
+            if time.monotonic() >= deadline:
+                raise ServerError(f"{self._client.base_url}: no answer in time")
+            self._mailbox.wake.wait(max(0.0, deadline - time.monotonic()))
             self._mailbox.wake.clear()
             if self._mailbox.is_closed:
                 raise _ClosedError
@@ -294,6 +336,10 @@ class Courier:
 
     def _failed(self, job: Job, error: ServerError) -> None:
         """Nobody answers: all wait. This request alone is not answered well: it waits. It is refused for what it says: it has ended."""
+        if error.status == 422 and job.state == "new" and "Idempotency-Key was used" in str(error):
+            # An earlier training has submitted this under another configuration, and did not learn of it.
+            self._put(replace(job, sent_as=str(uuid.uuid4())))
+            return
         if error.status in (400, 413, 422) and job.state == "new":
             logger.error("%s (%s) is not evaluated: %s", job.checkpoint, job.weights, error)
             self._put(replace(job, state="ended", note=str(error)))

@@ -22,7 +22,7 @@ class Keeping:
     """
 
     def __init__(self, owner: Path, count: int, min_free: float) -> None:
-        self._owner = str(owner)
+        self.owner = str(owner)
         self._count = count
         self._min_free = min_free
         self._kept: dict[str, Kept] = {}
@@ -31,9 +31,9 @@ class Keeping:
 
     def take_over(self, jobs: Iterable[Job]) -> None:
         """What an earlier training has kept: of jobs that are out it stays, else it is taken away."""
-        out = {Kept.of(job.checkpoint, self._owner, job.key).folder: job for job in jobs if job.is_out}
-        folders = {Path(self._owner).parent / ".hold"} | {hold_folder(Path(job.checkpoint)) for job in jobs}
-        for one in (one for folder in folders for one in left_by(self._owner, folder)):
+        out = {Kept.of(job.checkpoint, self.owner, job.key).folder: job for job in jobs if job.is_out}
+        folders = {Path(self.owner).parent / ".hold"} | {hold_folder(Path(job.checkpoint)) for job in jobs}
+        for one in (one for folder in folders for one in left_by(self.owner, folder)):
             if one.folder in out:
                 self._kept[out[one.folder].key] = one
             else:
@@ -46,7 +46,7 @@ class Keeping:
             job: one of ``jobs``.
             jobs: all, by key.
         """
-        one = self._kept.get(job.key) or Kept.of(job.checkpoint, self._owner, job.key)
+        one = self._kept.get(job.key) or Kept.of(job.checkpoint, self.owner, job.key)
         try:
             if job.key not in self._kept and not self._has_room(job, jobs):
                 return False
@@ -86,6 +86,11 @@ class Keeping:
         if why not in self._said:
             self._said.add(why)
             logger.warning("%s: what waits is not kept from the trainer's rotation", why)
+
+    def has_earlier(self, job: Job) -> bool:
+        """True when what is kept for a job is not what lies at its path by now, so that it is still the weights of its step."""
+        one = self._kept.get(job.key)
+        return one is not None and not one.is_the_same
 
     def path(self, job: Job) -> str:
         """Under which name a job's checkpoint is to be submitted."""

@@ -31,6 +31,7 @@ class Order:
     checkpoint: str
     step: int
     weights: str
+    is_saved: bool = False
 
 
 class Mailbox:
@@ -77,12 +78,12 @@ class Mailbox:
         return self._wait(lambda: self._is_loaded and not self._out, deadline)
 
     def wait_written(self, deadline: float) -> bool:
-        """Waits until what was handed out is remembered as logged; False when the deadline came first."""
+        """Waits until what was handed out is remembered as logged, or cannot be; False when the deadline came first."""
         return self._wait(lambda: not self._unwritten, deadline)
 
     def _wait(self, condition: Any, deadline: float) -> bool:
         with self._changed:
-            return bool(self._changed.wait_for(condition, max(0.0, deadline - time.monotonic())))
+            return bool(self._changed.wait_for(condition, min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)))
 
     def close(self) -> None:
         """Asks the other thread to end."""
@@ -96,6 +97,12 @@ class Mailbox:
     def is_closed(self) -> bool:
         with self._changed:
             return self._is_closed
+
+    @property
+    def has_orders(self) -> bool:
+        """True while there is an order that nobody has taken."""
+        with self._changed:
+            return bool(self._orders)
 
     def take_orders(self) -> tuple[list[Order], list[str]]:
         """New orders, and the keys of the points that were logged since."""
@@ -125,7 +132,7 @@ class Mailbox:
             self._changed.notify_all()
 
     def written(self, keys: set[str]) -> None:
-        """These are remembered as logged."""
+        """These are remembered as logged, or it was tried in vain."""
         with self._changed:
             self._unwritten -= keys
             self._changed.notify_all()

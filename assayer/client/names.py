@@ -1,12 +1,16 @@
 """The names under which an evaluation's metrics stand on a training's curves."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 __all__ = ["STYLES", "named"]
 
 STYLES = ("slash", "lmms_engine")
+
+# As lm-eval writes them, and lmms-eval's other kinds of them (0.7.3).
+_STANDARD_ERROR = re.compile(r"_stderr(_[a-z]+)?,")
 
 _JOINTS = {"slash": "/", "lmms_engine": "_"}
 
@@ -36,7 +40,7 @@ def _parts(metrics: Mapping[str, Any]) -> Iterator[tuple[list[str], float]]:
             if (number := _number(values)) is not None:
                 yield [task], number
             continue
-        keys = [key for key in values if "_stderr," not in key]
+        keys = [key for key in values if not _STANDARD_ERROR.search(key)]
         for key in keys:
             metric, _, chosen = key.partition(",")
             alike = [other for other in keys if other.partition(",")[0] == metric]

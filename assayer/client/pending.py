@@ -1,15 +1,18 @@
 """The jobs of one training <-> one file below its ``evals/``: what is out, what came, and what was logged."""
 
+import contextlib
+import fcntl
+import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from assayer.checkpoint import list_path
 from assayer.errors import StateError
-from assayer.files import lock_file, read_json, try_lock, write_json
+from assayer.files import lock_file, read_json, try_lock, write_whole
 from assayer.record import run_folder
 
 __all__ = ["Job", "PendingFile", "signature_of"]
@@ -48,13 +51,36 @@ class Job:
     def is_out(self) -> bool:
         return self.state in ("new", "submitted")
 
-    def is_of(self, checkpoint: str, step: int, weights: str) -> bool:
-        """True for the same place in the training."""
-        return (self.checkpoint, self.step, self.weights) == (checkpoint, step, weights)
+    @property
+    def place(self) -> tuple[str, int, str]:
+        """The same for the same place in the training."""
+        return self.checkpoint, self.step, self.weights
 
 
-_FIELDS = {f.name for f in fields(Job)}
-_TYPES: dict[str, type] = {"key": str, "checkpoint": str, "step": int, "weights": str, "state": str}
+_DEFAULTS = {f.name: f.default for f in fields(Job) if f.default is not MISSING and f.name != "state"}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("key", "checkpoint", "weights", "signature", "state", "sent_as", "path"), str),
+    **dict.fromkeys(("step", "forgotten"), int),
+    **dict.fromkeys(("job_id", "note"), (str, type(None))),
+    "metrics": dict,
+}
+
+# Files of further trainings of one run at one time.
+_BESIDE_MAX = 9
+
+# Locks that this process has, and that its children are not to have.
+_locks: set[int] = set()
+
+
+def _close_locks() -> None:
+    """In a child of a fork, such as a worker of a DataLoader: else a lock would live as long as the child does."""
+    for descriptor in _locks:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks)
 
 
 class PendingFile:
@@ -69,6 +95,17 @@ class PendingFile:
         run = next((run for run in runs if run != output_dir), output_dir)
         self.path = run / "evals" / f"pending-{name}"
         self._lock: int | None = None
+
+    def beside(self) -> bool:
+        """Takes another file, where another training has this one; True when one is free, which this process then has for itself."""
+        first = self.path
+        for number in range(2, _BESIDE_MAX + 1):
+            self.path = first.with_name(f"{first.name}-{number}")
+            with contextlib.suppress(OSError):
+                if self.try_lock():
+                    return True
+        self.path = first
+        return False
 
     def try_lock(self) -> bool:
         """True when this process has the file for itself; also where the file system knows no locks, or nothing lies there yet.
@@ -87,11 +124,16 @@ class PendingFile:
         except StateError as error:
             logger.info("%s", error)
         self._lock = descriptor
+        _locks.add(descriptor)
         return True
 
     def unlock(self) -> None:
         """Gives the file to the next training."""
         if self._lock is not None:
+            # A child that was forked without being told may have it still.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+            _locks.discard(self._lock)
             os.close(self._lock)
             self._lock = None
 
@@ -103,9 +145,11 @@ class PendingFile:
         """
         value = read_json(self.path)
         entries = value.get("jobs") if isinstance(value, dict) else None
-        if entries is None and self.path.is_file():
-            logger.warning("%s is no file of pending evaluations: what it held is lost", self.path)
-        return [job for entry in entries or [] if (job := _job(entry))]
+        if not isinstance(entries, list):
+            if self.path.is_file():
+                logger.warning("%s is no file of pending evaluations: what it held is lost", self.path)
+            return []
+        return [job for entry in entries if (job := _job(entry))]
 
     def write(self, jobs: Iterable[Job]) -> None:
         """Writes all jobs, whole or not at all.
@@ -114,13 +158,18 @@ class PendingFile:
             OSError: the output directory is not there, or cannot be written.
         """
         self.path.parent.mkdir(exist_ok=True)
-        write_json(self.path, {"schema": SCHEMA, "jobs": [asdict(job) for job in jobs]})
+        # In one line, without what is the default: there may be thousands, and this is written at every change.
+        content = {"schema": SCHEMA, "jobs": [{k: v for k, v in vars(job).items() if v != _DEFAULTS.get(k, MISSING)} for job in jobs]}
+        write_whole(self.path, json.dumps(content).encode())
 
 
 def _job(entry: Any) -> Job | None:
-    if not isinstance(entry, dict) or any(not isinstance(entry.get(name), kind) for name, kind in _TYPES.items()):
+    if not isinstance(entry, dict):
         return None
-    return Job(**{name: entry[name] for name in _FIELDS & entry.keys()}) if entry["state"] in STATES else None
+    found = {**_DEFAULTS, "state": None, "metrics": {}, **{name: value for name, value in entry.items() if name in _TYPES}}
+    if any(not isinstance(found.get(name), kind) for name, kind in _TYPES.items()) or found["state"] not in STATES:
+        return None
+    return Job(**found)
 
 
 def signature_of(checkpoint: str) -> str:

@@ -24,6 +24,7 @@ class EvaluationServer:
         # Misbehaviour: statuses to answer next, answers to lose next, requests to leave without one.
         self.statuses: list[int] = []
         self.lose = 0
+        self.refused_keys: set[str] = set()
         self.hang = threading.Event()
         self.let_go = threading.Event()
         self.port = 0
@@ -120,6 +121,8 @@ class EvaluationServer:
         return (200, answers[target]) if target in answers else (404, {"detail": "Not Found"})
 
     def submit(self, request: EvaluateRequest, key: str | None) -> JobSubmitResponse:
+        if key in self.refused_keys:
+            raise ProtocolError("this Idempotency-Key was used for another request; give each request its own")
         if key not in self.keys:
             job_id = str(uuid.uuid4())
             self.keys[key or job_id] = job_id

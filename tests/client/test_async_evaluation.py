@@ -1,14 +1,18 @@
 """What a training loop drives: nothing delays it, nothing is lost, nothing comes twice."""
 
+import contextlib
+import copy
 import json
 import logging
 import os
+import pickle
 import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,8 +21,9 @@ from typing import Any
 import pytest
 from conftest import until
 from protocol_server import EvaluationServer
-from training import GOOD, Training, come, trainings
+from training import GOOD, QUICK, Training, come, trainings
 
+from assayer.client import AsyncEvaluation, asynchronous
 from assayer.client.courier import Patience
 from assayer.client.names import named
 from assayer.errors import UsageError
@@ -125,7 +130,7 @@ def test_a_server_that_never_answers_holds_nothing_up(training: Training, server
     assert returns(partial(evaluation.finish, 0.1)) == []
 
 
-@pytest.mark.parametrize("call", ["read_json", "write_json", "list_path", "lock_file"])
+@pytest.mark.parametrize("call", ["read_json", "write_whole", "list_path", "lock_file"])
 def test_a_file_system_that_hangs_holds_nothing_up(
     training: Training, server: EvaluationServer, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -452,14 +457,23 @@ def test_of_a_process_group_only_the_first_rank_talks(training: Training, server
     assert len(server.jobs) == 1
 
 
+def another_process(training: Training, **more: Any) -> AsyncEvaluation:
+    """A training that knows nothing of those before it in this process."""
+    asynchronous._living.clear()
+    return training.start(**more)
+
+
+def has_locked(training: Training) -> bool:
+    return (training.run / "evals" / "pending-evaluations.lock").exists() and "submitted" in training.states()
+
+
 def test_a_second_training_of_the_run_waits_until_the_first_has_ended(
     training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = training.start()
     first.submit(training.save(1), 1)
-    until(lambda: server.jobs and "submitted" in training.states())
-    until(lambda: (training.run / "evals" / "pending-evaluations.lock").exists())
-    second = training.start()
+    until(lambda: server.jobs and has_locked(training))
+    second = another_process(training)
     second.submit(training.save(2), 2)
     until(lambda: "another training has this file" in caplog.text)
     assert len(server.jobs) == 1
@@ -469,18 +483,251 @@ def test_a_second_training_of_the_run_waits_until_the_first_has_ended(
     assert [point.step for point in second.finish(30)] == [1, 2]
 
 
+def test_one_that_has_waited_long_enough_has_a_file_of_its_own(training: Training, server: EvaluationServer) -> None:
+    first = training.start()
+    first.submit(training.save(1), 1)
+    until(lambda: server.jobs and has_locked(training))
+    second = another_process(training, patience=Patience(first=0.01, most=0.05, lock=0.1, absent=0.0))
+    second.submit(training.save(2), 2)
+    until(lambda: len(server.jobs) == 2)
+    server.end(JobStatus.COMPLETED, GOOD)
+    assert [point.step for point in second.finish(30)] == [2]
+    assert [point.step for point in first.finish(30)] == [1]
+    for name, step in (("pending-evaluations", 1), ("pending-evaluations-2", 2)):
+        assert [job["step"] for job in read_json(training.run / "evals" / name)["jobs"]] == [step]
+
+
 def test_a_training_that_ends_while_another_has_the_file_leaves_it_alone(
     training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = training.start()
     first.submit(training.save(1), 1)
-    until(lambda: (training.run / "evals" / "pending-evaluations.lock").exists() and "submitted" in training.states())
-    second = training.start()
+    until(lambda: has_locked(training))
+    second = another_process(training)
     second.submit(training.save(2), 2)
     until(lambda: "another training has this file" in caplog.text)
     second.close(30)
     assert len(training.states()) == 1
-    assert f"not submitted, and not remembered: {training.run / 'checkpoint-2'}" in caplog.text
+    (job,) = read_json(training.run / "evals" / "pending-evaluations-2")["jobs"]
+    assert (job["step"], job["state"]) == (2, "new")
+
+
+def test_a_second_evaluation_in_one_process_takes_over_from_one_that_nobody_closed(training: Training, server: EvaluationServer) -> None:
+    """As in a notebook, after an exception."""
+    first = training.start()
+    first.submit(training.save(1), 1)
+    until(lambda: server.jobs and has_locked(training))
+    second = training.start()
+    second.submit(training.save(2), 2)
+    until(lambda: len(server.jobs) == 2)
+    server.end(JobStatus.COMPLETED, GOOD)
+    assert [point.step for point in second.finish(30)] == [1, 2]
+
+
+def test_a_child_of_a_fork_keeps_no_file_locked(training: Training, server: EvaluationServer) -> None:
+    """Workers of a DataLoader outlive the training's evaluation, and one that was killed."""
+    server.at_once = GOOD
+    words = [sys.executable, "-c", FORKING, str(training.run), server.url]
+    training.save(1)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None
+        child = int(killed.stdout.readline())
+        killed.kill()
+        killed.wait(30)
+        try:
+            os.kill(child, 0)
+            evaluation = training.start(patience=Patience(first=0.01, most=0.05, lock=60.0))
+            assert [point.step for point in evaluation.finish(20)] == [1]
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+FORKING = """
+import os, sys, time
+from assayer.client import AsyncEvaluation
+
+run, url = sys.argv[1:]
+evaluation = AsyncEvaluation({"server_url": url, "model": "m", "tasks": ["t"], "poll_interval": 0.02}, run)
+evaluation.submit(os.path.join(run, "checkpoint-1"), 1)
+path = run + "/evals/pending-evaluations"
+while '"done"' not in (open(path).read() if os.path.exists(path) else ""):
+    time.sleep(0.01)
+child = os.fork()
+if child == 0:
+    os.close(1)
+    time.sleep(120)
+    os._exit(0)
+print(child, flush=True)
+time.sleep(120)
+"""
+
+
+ENDING = """
+import sys
+from assayer.client import AsyncEvaluation
+
+run, url, how = sys.argv[1:]
+evaluation = AsyncEvaluation({"server_url": url, "model": "m", "tasks": ["t"]}, run)
+evaluation.submit(run + "/checkpoint-1", 1)
+if how == "exception":
+    raise KeyError("of the training")
+if how == "interrupt":
+    raise KeyboardInterrupt
+sys.exit(3 if how == "exit" else 0)
+"""
+
+
+@pytest.mark.parametrize("how", ["exception", "interrupt", "exit", "end"])
+def test_what_is_ordered_a_moment_before_a_training_ends_is_remembered(training: Training, server: EvaluationServer, how: str) -> None:
+    server.hang.set()
+    training.save(1)
+    subprocess.run([sys.executable, "-c", ENDING, str(training.run), server.url, how], capture_output=True, timeout=60)
+    assert training.states() == ["new"]
+
+
+@pytest.mark.parametrize("trouble", ["a file", "a folder in its place", "no folder"])
+def test_a_file_that_cannot_be_written_holds_no_end_up(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture, trouble: str
+) -> None:
+    server.at_once = GOOD
+    if trouble == "a file":
+        (training.run / "evals").touch()
+    if trouble == "a folder in its place":
+        (training.file / "a").mkdir(parents=True)
+    where = training.run / "none" / "such" if trouble == "no folder" else training.run
+    config = {"server_url": server.url, "model": "m", "tasks": ["t"], "poll_interval": 0.02}
+    evaluation = AsyncEvaluation(config, where, patience=Patience(first=0.01, most=0.05, lock=0.1))
+    evaluation.submit(training.save(1), 1)
+    began = time.monotonic()
+    assert [point.step for point in evaluation.finish(60)] == [1]
+    assert time.monotonic() - began < 30
+    assert "a restarted training would not know of what is out" in caplog.text
+    evaluation.close(30)
+
+
+def test_a_path_that_a_later_step_overwrites_gives_no_number_of_the_earlier(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """last.ckpt, written over in place while the server is away: also its second name shows the later weights."""
+    server.down()
+    evaluation = training.start()
+    last = training.run / "last.ckpt"
+    last.write_text("of step 100")
+    evaluation.submit(last, 100)
+    until(lambda: training.states() == ["new"])
+    last.write_text("of step 200, and longer")
+    evaluation.submit(last, 200)
+    until(lambda: "overwritten by step 200" in caplog.text)
+    server.at_once = GOOD
+    server.up()
+    assert [point.step for point in evaluation.finish(30)] == [200]
+
+
+def test_one_that_is_replaced_is_kept_for_its_own_step(training: Training, server: EvaluationServer) -> None:
+    server.down()
+    evaluation = training.start()
+    path = training.save(100, "of step 100") / "model.safetensors"
+    evaluation.submit(path, 100)
+    until(lambda: list((training.run / "checkpoint-100" / "evals" / ".hold").glob("client*/model.safetensors")))
+    path.unlink()
+    path.write_text("of step 200, and longer")
+    evaluation.submit(path, 200)
+    server.at_once = GOOD
+    server.up()
+    assert [point.step for point in evaluation.finish(30)] == [100, 200]
+
+
+def test_a_training_may_wait_for_ever(training: Training, server: EvaluationServer) -> None:
+    server.at_once = GOOD
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    assert [point.step for point in evaluation.finish(float("inf"))] == [1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"jobs": 5}',
+        '{"jobs": {"a": 1}}',
+        '{"jobs": [5, null, {}]}',
+        '{"jobs": [{"key": "k", "checkpoint": "c", "metrics": null}]}',
+    ],
+)
+def test_a_damaged_file_keeps_nothing_from_being_evaluated(training: Training, server: EvaluationServer, content: str) -> None:
+    server.at_once = GOOD
+    (training.run / "evals").mkdir()
+    training.file.write_text(content)
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    assert [point.step for point in evaluation.finish(30)] == [1]
+
+
+def test_what_an_earlier_training_submitted_under_another_configuration_is_submitted_anew(
+    training: Training, server: EvaluationServer
+) -> None:
+    """Its answer was lost, and a server takes one request under one key."""
+    server.down()
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    until(lambda: training.states() == ["new"])
+    evaluation.close(30)
+    (job,) = read_json(training.file)["jobs"]
+    server.refused_keys.add(job["sent_as"])
+    server.at_once = GOOD
+    server.up()
+    assert [point.step for point in training.start().finish(30)] == [1]
+
+
+def test_a_server_that_drips_is_cut_off(tmp_path: Path) -> None:
+    """A letter of a header now and then: no read ever comes to its time-out."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    threading.Thread(target=dribble, args=(connection,), daemon=True).start()
+
+        def dribble(connection: socket.socket) -> None:
+            with contextlib.suppress(OSError), connection:
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        config = {"server_url": f"http://127.0.0.1:{listening.getsockname()[1]}", "model": "m", "tasks": ["t"]}
+        evaluation = AsyncEvaluation(config, tmp_path, timeout=0.2, patience=QUICK)
+        evaluation.submit(tmp_path, 1)
+        until(lambda: "no answer in time" in str(evaluation.out()))
+        evaluation.close(30)
+
+
+def test_a_copy_has_a_thread_of_its_own(training: Training, server: EvaluationServer) -> None:
+    """As when a trainer is copied, or sent to processes that are spawned."""
+    server.at_once = GOOD
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    assert [point.step for point in evaluation.finish(30)] == [1]
+    for copy_of in (copy.deepcopy(evaluation), pickle.loads(pickle.dumps(evaluation))):
+        copy_of.submit(training.save(2, "again" * random.randrange(1000)), 2)
+        assert [point.step for point in copy_of.finish(30)] == [2]
+        copy_of.close(30)
+
+
+def test_a_checkpoint_is_where_it_was_when_it_was_submitted(
+    training: Training, server: EvaluationServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.at_once = GOOD
+    evaluation = training.start()
+    (training.run / "below").mkdir()
+    monkeypatch.chdir(training.run / "below")
+    Path("m.pt").write_text("weights")
+    evaluation.submit("m.pt", 1)
+    (point,) = evaluation.finish(30)
+    assert point.checkpoint == str(training.run / "below" / "m.pt")
 
 
 def test_a_file_that_cannot_be_read_for_a_moment_is_not_written_over(

@@ -1,8 +1,12 @@
 """Evaluations inside real trainings: points stand on the training's own curves, at their checkpoints' steps."""
 
+import copy
 import importlib.util
 import logging
 import math
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -149,7 +153,7 @@ def test_a_logger_that_fails_does_not_end_the_training(tmp_path: Path, server: E
     trainer.train()
     assert trainer.state.global_step == 2
     # The numbers stand in the log at least.
-    assert "could not be logged: {'eval/t/acc': 0.5}" in caplog.text
+    assert "Failing could not log {'eval/t/acc': 0.5, 'global_step': 2}" in caplog.text
 
 
 def test_a_training_is_as_fast_without_a_server(tmp_path: Path, server: EvaluationServer) -> None:
@@ -163,7 +167,7 @@ def test_a_training_is_as_fast_without_a_server(tmp_path: Path, server: Evaluati
     server.let_go.set()
 
 
-def lightning_fit(run: Path, callbacks: Callable[[], list[Any]], logger: Any, epochs: int = 3) -> Any:
+def lightning_fit(run: Path, callbacks: Callable[[], list[Any]], logger: Any, epochs: int = 3, **more: Any) -> Any:
     import lightning.pytorch as pl
 
     class Module(pl.LightningModule):
@@ -189,6 +193,7 @@ def lightning_fit(run: Path, callbacks: Callable[[], list[Any]], logger: Any, ep
         callbacks=callbacks(),
         enable_progress_bar=False,
         enable_model_summary=False,
+        **more,
     )
     trainer.fit(Module(), data)
     return trainer
@@ -266,6 +271,127 @@ def test_points_stand_in_lightnings_own_tensorboard_run(tmp_path: Path, server: 
     found = scalars(tmp_path / "logs")
     assert found["eval/t/acc"][0] == (4, 0.5)
     assert len(found["train_loss"]) == 12
+
+
+def test_a_second_training_with_the_same_callback_is_evaluated_too(tmp_path: Path, server: EvaluationServer) -> None:
+    trainer = transformers_trainer(tmp_path, max_steps=2)
+    attach_to_trainer(trainer, evaluation_of(tmp_path, server), finish_timeout=30)
+    trainer.train()
+    # Saved anew: the second training is another one.
+    (tmp_path / "checkpoint-2").rename(tmp_path / "away-2")
+    trainer.train()
+    assert len(server.jobs) == 2
+    assert [step for step, _, _ in logged(trainer)] == [2]
+
+
+def test_epochs_of_data_without_a_length_are_counted(tmp_path: Path, server: EvaluationServer) -> None:
+    class Endless(torch.utils.data.IterableDataset[dict[str, torch.Tensor]]):
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            return iter([{"x": torch.rand(2), "labels": torch.rand(1)} for _ in range(16)])
+
+    trainer = transformers_trainer(tmp_path, max_steps=12, save_strategy="epoch")
+    trainer.train_dataset = Endless()
+    attach_to_trainer(trainer, evaluation_of(tmp_path, server), finish_timeout=30, eval_strategy="epoch")
+    trainer.train()
+    assert [step for step, _, _ in logged(trainer)] == [4, 8, 12]
+
+
+def test_a_logger_that_fails_keeps_no_point_from_the_next(tmp_path: Path, server: EvaluationServer) -> None:
+    from transformers import TrainerCallback
+
+    seen: list[dict[str, float]] = []
+
+    class Failing(TrainerCallback):
+        def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+            print((logs or {})["loss"] if "train_runtime" not in (logs or {}) else "")
+
+    class Next(TrainerCallback):
+        def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+            seen.extend([logs] if logs and "eval/t/acc" in logs else [])
+
+    trainer = transformers_trainer(tmp_path, max_steps=2)
+    trainer.add_callback(Failing())
+    trainer.add_callback(Next())
+    attach_to_trainer(trainer, evaluation_of(tmp_path, server), finish_timeout=30)
+    trainer.train()
+    assert seen == [{"eval/t/acc": 0.5, "global_step": 2}]
+
+
+RANKS = """
+import sys, datetime, torch.distributed as dist
+from assayer.client import callback
+
+rank, run = int(sys.argv[1]), sys.argv[2]
+before = callback._patience(None)
+dist.init_process_group("gloo", init_method=f"file://{run}/rendezvous", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=50))
+print(before, callback._patience(None), callback._patience(7.0))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_the_end_of_a_distributed_training_waits_no_longer_than_its_other_ranks_can(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANKS, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True) for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=100)[0] for rank in ranks] == ["3600.0 25.0 7.0\n"] * 2
+
+
+def test_two_evaluations_of_one_lightning_training_both_see_what_is_saved(tmp_path: Path, server: EvaluationServer) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    logger = Kept()(str(tmp_path))
+    two = [evaluation_of(tmp_path, server, style=style, name=style) for style in ("slash", "lmms_engine")]
+    for _ in range(2):
+        lightning_fit(
+            tmp_path,
+            lambda: [*(lightning_callback(one, finish_timeout=30) for one in two), ModelCheckpoint(tmp_path, every_n_train_steps=4)],
+            logger,
+        )
+        names = {name for _, metrics in logger.kept for name in metrics}
+        assert {"eval/t/acc", "eval/t_acc"} <= names
+        logger.kept.clear()
+
+
+def test_a_callback_that_trainings_share_serves_each(tmp_path: Path, server: EvaluationServer) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    shared = lightning_callback(evaluation_of(tmp_path, server), finish_timeout=30)
+    for fold in range(2):
+        logger = Kept()(str(tmp_path / f"logs{fold}"))
+        lightning_fit(tmp_path, lambda fold=fold: [shared, ModelCheckpoint(tmp_path / str(fold), every_n_train_steps=12)], logger)  # type: ignore[misc]
+        assert evaluated(logger) == [(12, 0.5)]
+
+
+def test_what_lightning_saves_for_its_tuner_is_no_checkpoint(tmp_path: Path, server: EvaluationServer) -> None:
+    from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+
+    logger = Kept()(str(tmp_path))
+    callback = lightning_callback(evaluation_of(tmp_path, server), finish_timeout=30)
+    finder = LearningRateFinder(num_training_steps=3, update_attr=False)
+    lightning_fit(tmp_path, lambda: [callback, finder, ModelCheckpoint(tmp_path, every_n_train_steps=12)], logger)
+    assert [step for step, _ in evaluated(logger)] == [12]
+    assert len(server.jobs) == 1
+
+
+def test_a_trial_run_takes_no_points(tmp_path: Path, server: EvaluationServer) -> None:
+    server.at_once = None
+    evaluation = evaluation_of(tmp_path, server)
+    path = tmp_path / "m.ckpt"
+    path.write_text("weights")
+    evaluation.submit(path, 3)
+    until(lambda: server.jobs)
+    server.end(JobStatus.COMPLETED, GOOD)
+    lightning_fit(tmp_path, lambda: [lightning_callback(evaluation, finish_timeout=30)], False, fast_dev_run=2)
+    assert [point.step for point in evaluation.finish(30)] == [3]
+    evaluation.close()
+
+
+def test_the_callback_goes_where_processes_are_spawned(tmp_path: Path, server: EvaluationServer) -> None:
+    callback = lightning_callback(evaluation_of(tmp_path, server), "steps", 5, 7.0)
+    again = pickle.loads(pickle.dumps(callback))
+    assert type(again).__name__ == type(callback).__name__
+    assert type(copy.deepcopy(callback)) is not None
 
 
 def test_a_loop_of_ones_own_submits_and_logs_in_one_line(tmp_path: Path, server: EvaluationServer) -> None:

@@ -22,7 +22,7 @@ YAML: dict[str, Any] = {
 
 
 def test_a_metric_is_named_after_its_task() -> None:
-    metrics = {"mmmu": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": " - mmmu"}, "loss": 2, "note": "text"}
+    metrics = {"mmmu": {"acc,none": 0.5, "acc_stderr,none": 0.1, "acc_stderr_clt,none": 0.1, "alias": " - mmmu"}, "loss": 2, "note": "text"}
     assert named(metrics) == {"eval/mmmu/acc": 0.5, "eval/loss": 2.0}
     assert named(metrics, "lmms_engine") == {"eval/mmmu_acc": 0.5, "eval/loss": 2.0}
     assert named(metrics, weights="ema") == {"eval_ema/mmmu/acc": 0.5, "eval_ema/loss": 2.0}
