@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from assayer.client.book import Book
 from assayer.client.config import EvalConfig
 from assayer.client.connection import EvalClient
 from assayer.client.courier import Courier, Patience
@@ -168,8 +169,8 @@ class AsyncEvaluation:
         if before is not None and before is not self:
             before.close(0.0)
         _living[file.path] = self
-        keeping = Keeping(file.path, self._hold, self._hold_min_free)
-        courier = Courier(self._mailbox, self._client, self.config, file, keeping, self._style, self._patience)
+        book = Book(self._mailbox, file, Keeping(file.path, self._hold, self._hold_min_free))
+        courier = Courier(self._mailbox, self._client, self.config, book, self._style, self._patience)
         thread = threading.Thread(target=courier.run, name="assayer-client", daemon=True)
         try:
             thread.start()

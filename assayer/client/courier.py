@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import random
 import threading
@@ -13,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from assayer.client.book import Book, point_of, words_of
 from assayer.client.config import EvalConfig
 from assayer.client.connection import EvalClient
-from assayer.client.keeping import Keeping
-from assayer.client.mailbox import Mailbox, Order, Point
+from assayer.client.mailbox import Mailbox
 from assayer.client.names import named
-from assayer.client.pending import Job, PendingFile, signature_of
+from assayer.client.pending import Job
 from assayer.errors import AssayerError, ServerError
 from assayer.files import open_file
 from assayer.protocol import JobStatus
@@ -62,32 +61,22 @@ class Courier:
         mailbox: Mailbox,
         client: EvalClient,
         config: EvalConfig,
-        file: PendingFile,
-        keeping: Keeping,
+        book: Book,
         style: str,
         patience: Patience,
     ) -> None:
         self._mailbox = mailbox
         self._client = client
         self._config = config
-        self._file = file
-        self._keeping = keeping
+        self._book = book
         self._style = style
         self._patience = patience
-        # All jobs, by key; and their keys by place, and by the path of their checkpoint.
-        self._jobs: dict[str, Job] = {}
-        self._places: dict[tuple[str, int, str], str] = {}
-        self._at: dict[str, set[str]] = {}
         # When a job is next asked for, since when its checkpoint is waited for, and how often it failed in a row; of the server as a whole
         # under "".
         self._due: dict[str, float] = {}
         self._absent: dict[str, float] = {}
         self._failures: dict[str, int] = {}
-        self._is_loaded = False
-        self._is_dirty = False
-        self._logged: set[str] = set()
         self._began = time.monotonic()
-        self._said_of_file: set[str] = set()
 
     def run(self) -> None:
         """Until the mailbox is closed: carries what there is, then waits until something is due, or the mailbox wakes it."""
@@ -103,37 +92,25 @@ class Courier:
                 logger.exception("the evaluations are looked after again in %g s", self._patience.most)
                 self._due[""] = time.monotonic() + self._patience.most
             self._mailbox.wake.wait(self._seconds_until_due())
-        self._leave()
-
-    def _leave(self) -> None:
-        """What is in the mailbox is remembered, in another file where this one is another training's still."""
-        try:
-            if self._is_loaded or (self._mailbox.has_orders and self._load(is_late=True)):
-                self._sort_mail()
-                self._save()
-        except Exception:
-            logger.exception("what is out is not remembered")
-        if orders := self._mailbox.take_orders()[0]:
-            logger.warning("not submitted, and not remembered: %s", ", ".join(order.checkpoint for order in orders))
-        self._file.unlock()
+        self._book.close()
 
     def _seconds_until_due(self) -> float:
-        if not self._is_loaded or self._is_dirty:
+        if not self._book.is_loaded or self._book.is_dirty:
             return self._patience.first
         now = time.monotonic()
-        due = min((self._due.get(job.key, now) for job in self._jobs.values() if job.is_out), default=now + 3600)
+        due = min((self._due.get(job.key, now) for job in self._book.out()), default=now + 3600)
         return max(due, self._due.get("", 0.0)) - now
 
     def _round(self) -> None:
-        if not self._is_loaded and not self._load(time.monotonic() - self._began >= self._patience.lock):
+        if not self._book.is_loaded and not self._book.load(time.monotonic() - self._began >= self._patience.lock):
             return
-        self._sort_mail()
-        self._save()
-        for key in [job.key for job in self._jobs.values() if job.is_out]:
+        self._book.sort_mail()
+        self._book.save()
+        for key in [job.key for job in self._book.out()]:
             now = time.monotonic()
             if self._mailbox.is_closed or self._due.get("", 0.0) > now:
                 return
-            job = self._jobs.get(key)
+            job = self._book.get(key)
             if job and self._due.get(key, 0.0) <= now:
                 try:
                     self._carry(job)
@@ -141,122 +118,8 @@ class Courier:
                     # The others are not to wait for this one's sake.
                     logger.exception("%s (%s) is looked after again in %g s", job.checkpoint, job.weights, self._patience.most)
                     self._due[key] = now + self._patience.most
-                self._sort_mail()
-                self._save()
-
-    def _load(self, is_late: bool) -> bool:
-        """Reads what an earlier training left; False while that one still has the file, or it cannot be read.
-
-        Once it is late for that, a training that goes on in the file is left alone with it, and another file is taken.
-        """
-        jobs: list[Job] = []
-        try:
-            if not self._file.try_lock():
-                has = f"{self._file.path}: another training has this file of pending evaluations"
-                if not is_late or not self._file.beside():
-                    self._say_of_file(f"{has}; waiting for it to end")
-                    return False
-                logger.warning("%s; those of this one are in %s", has, self._file.path.name)
-                self._keeping.owner = str(self._file.path)
-            jobs = self._file.read()
-            self._keeping.take_over(jobs)
-        except OSError as error:
-            self._say_of_file(f"{self._file.path} cannot be read ({error.strerror}), and with it what an earlier training left")
-            if not is_late:
-                return False
-        for job in jobs:
-            self._add(job)
-        self._is_loaded = True
-        waiting = {job.key: _words(job) for job in jobs if job.is_out}
-        self._mailbox.loaded(waiting)
-        if waiting:
-            logger.info("%d evaluations of an earlier training are still out", len(waiting))
-        for job in jobs:
-            if job.state == "done":
-                self._mailbox.settle(job.key, _point(job))
-        return True
-
-    def _add(self, job: Job) -> None:
-        self._jobs[job.key] = job
-        self._places[job.place] = job.key
-        self._at.setdefault(job.checkpoint, set()).add(job.key)
-
-    def _sort_mail(self) -> None:
-        """Orders become jobs, points that were handed out are logged."""
-        orders, handed = self._mailbox.take_orders()
-        for key in handed:
-            self._logged.add(key)
-            if key in self._jobs:
-                # So much as tells that it is known.
-                self._put(replace(self._jobs[key], state="logged", metrics={}, job_id=None, sent_as="", path=""))
-        self._is_dirty |= bool(handed)
-        for order in orders:
-            signature = signature_of(order.checkpoint)
-            twin = self._jobs.get(self._places.get((order.checkpoint, order.step, order.weights), ""))
-            if twin and twin.signature == signature and twin.state != "ended":
-                logger.info("%s (%s) is known already, and not evaluated twice", order.checkpoint, order.weights)
-                self._mailbox.settle(order.key, None)
-                continue
-            if twin:
-                self._drop(twin)
-            self._end_overwritten(order, signature)
-            job = Job(order.key, order.checkpoint, order.step, order.weights, signature, sent_as=order.key)
-            self._put(job)
-            # At once: the next save may delete it.
-            self._keeping.keep(job, self._jobs)
-            if order.is_saved:
-                self._absent[job.key] = -math.inf
-
-    def _drop(self, twin: Job) -> None:
-        """The checkpoint was saved anew, by a training that was resumed before it: nobody waits for its earlier weights."""
-        del self._jobs[twin.key]
-        self._at[twin.checkpoint].discard(twin.key)
-        self._is_dirty = True
-        if twin.job_id is None:
-            # Whoever evaluates it lets go of it at the end, or the next training.
-            self._keeping.release(twin.key)
-        if twin.is_out:
-            logger.info("%s was saved anew: its earlier evaluation (job %s) is not waited for", twin.checkpoint, twin.job_id)
-            self._mailbox.settle(twin.key, None)
-
-    def _end_overwritten(self, order: Order, signature: str) -> None:
-        """Ends what waits of an earlier step at the same path, such as ``last.ckpt``: the weights there are a later step's by now."""
-        for job in [self._jobs[key] for key in self._at.get(order.checkpoint, ())]:
-            is_earlier = job.state == "new" and job.step != order.step and job.signature != signature
-            if is_earlier and not self._keeping.has_earlier(job):
-                note = f"it was overwritten by step {order.step} before it could be submitted"
-                logger.warning("%s (%s) of step %d is not evaluated: %s", job.checkpoint, job.weights, job.step, note)
-                self._put(replace(job, state="ended", note=note))
-                self._mailbox.settle(job.key, None)
-
-    def _put(self, job: Job) -> None:
-        self._is_dirty |= self._jobs.get(job.key) != job
-        self._add(job)
-        if not job.is_out:
-            self._keeping.release(job.key)
-
-    def _save(self) -> None:
-        """Writes the file, where something has changed. A disk that is full or away is told once; all goes on in memory."""
-        if not self._is_dirty:
-            return
-        try:
-            self._file.write(self._jobs.values())
-            # Where there was no folder for it before.
-            self._file.try_lock()
-        except OSError as error:
-            self._say_of_file(f"{self._file.path} cannot be written ({error.strerror}); a restarted training would not know of what is out")
-            # Nobody is to wait for that.
-            self._mailbox.written(self._logged)
-            return
-        self._is_dirty = False
-        self._said_of_file.clear()
-        self._mailbox.written(self._logged)
-        self._logged = set()
-
-    def _say_of_file(self, words: str) -> None:
-        if words not in self._said_of_file:
-            logger.warning("%s", words)
-            self._said_of_file.add(words)
+                self._book.sort_mail()
+                self._book.save()
 
     def _carry(self, job: Job) -> None:
         """One request for one job."""
@@ -265,32 +128,28 @@ class Courier:
                 self._due[job.key] = time.monotonic() + self._config.poll_interval
                 self._mailbox.tell(job.key, f"{job.checkpoint} ({job.weights}): nothing is there yet")
                 return
-            if not job.path:
-                # The same in every try, since they are one submission.
-                job = replace(job, path=self._keeping.path(job))
-                self._put(job)
-                self._save()
+            job = self._book.named(job)
         try:
             changed = self._submit(job) if job.state == "new" else self._ask(job)
         except ServerError as error:
-            if self._jobs.get(job.key) == job:
+            if self._book.get(job.key) == job:
                 self._failed(job, error)
             return
         except _ClosedError:
             return
-        if self._jobs.get(job.key) != job:
+        if self._book.get(job.key) != job:
             # Its checkpoint was saved anew while the server thought about it.
             return
         self._failures.pop("", None)
         self._failures.pop(job.key, None)
         self._due[job.key] = time.monotonic() + (0.0 if changed.state == "new" else self._config.poll_interval)
-        self._put(changed)
+        self._book.put(changed)
         if changed.is_out:
-            self._mailbox.tell(job.key, _words(changed))
+            self._mailbox.tell(job.key, words_of(changed))
         elif changed.state == "done":
             # Remembered first: a point that is handed out and not known of would be fetched, and logged, again.
-            self._save()
-            self._mailbox.settle(job.key, _point(changed))
+            self._book.save()
+            self._mailbox.settle(job.key, point_of(changed))
         else:
             logger.warning("%s (%s) has no metrics: %s", job.checkpoint, job.weights, changed.note)
             self._mailbox.settle(job.key, None)
@@ -298,7 +157,7 @@ class Courier:
     def _is_there(self, job: Job) -> bool:
         """True when a checkpoint can be submitted: it is kept, with what has come since the last try, or lies where it was saved; or has
         been waited for long enough, so that the server may say what is wrong."""
-        if self._keeping.keep(job, self._jobs) or job.path or _is_anything(job.checkpoint):
+        if self._book.keep(job) or job.path or job.key in self._book.saved or _is_anything(job.checkpoint):
             return True
         return time.monotonic() - self._absent.setdefault(job.key, time.monotonic()) >= self._patience.absent
 
@@ -328,8 +187,8 @@ class Courier:
             self._mailbox.wake.clear()
             if self._mailbox.is_closed:
                 raise _ClosedError
-            self._sort_mail()
-            self._save()
+            self._book.sort_mail()
+            self._book.save()
         if isinstance(answers[0], Exception):
             raise answers[0]
         return answers[0]
@@ -338,11 +197,11 @@ class Courier:
         """Nobody answers: all wait. This request alone is not answered well: it waits. It is refused for what it says: it has ended."""
         if error.status == 422 and job.state == "new" and "Idempotency-Key was used" in str(error):
             # An earlier training has submitted this under another configuration, and did not learn of it.
-            self._put(replace(job, sent_as=str(uuid.uuid4())))
+            self._book.put(replace(job, sent_as=str(uuid.uuid4())))
             return
         if error.status in (400, 413, 422) and job.state == "new":
             logger.error("%s (%s) is not evaluated: %s", job.checkpoint, job.weights, error)
-            self._put(replace(job, state="ended", note=str(error)))
+            self._book.put(replace(job, state="ended", note=str(error)))
             self._mailbox.settle(job.key, None)
             return
         key = "" if error.status is None else job.key
@@ -354,7 +213,7 @@ class Courier:
         if count & (count - 1) == 0:
             # The first time, and then ever more rarely.
             logger.warning("%s; tried again in %.0f s (%d so far)", error, wait, count)
-        self._mailbox.tell(job.key, f"{_words(job)} ({error})")
+        self._mailbox.tell(job.key, f"{words_of(job)} ({error})")
 
     def _submit(self, job: Job) -> Job:
         body = self._config.request(job.path, job.weights)
@@ -421,14 +280,6 @@ def _is_anything(path: str) -> bool:
         return True
     except (OSError, ValueError):
         return False
-
-
-def _point(job: Job) -> Point:
-    return Point(job.step, dict(job.metrics), job.checkpoint, job.weights, job.key)
-
-
-def _words(job: Job) -> str:
-    return f"{job.checkpoint} ({job.weights}): " + (f"job {job.job_id} is out" if job.job_id else "not submitted yet")
 
 
 def read_results(result: Mapping[str, Any]) -> dict[str, Any]:
