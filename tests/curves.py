@@ -9,8 +9,9 @@ from typing import Any
 
 from conftest import REPOSITORY
 
+from assayer.publication import publish
 from assayer.record import Place, Record, read
-from assayer.tracking import parse, publish
+from assayer.tracking import parse
 
 BASE = Record(
     checkpoint="",
@@ -61,19 +62,19 @@ def ledger_lines(run: Run, pattern: str) -> list[dict[str, Any]]:
 
 
 # Ends the process as the worst moments do: when all is intended and nothing given; when all is given and nothing noted.
-BEFORE = "tracking._give = die"
+BEFORE = "publication.give = die"
 AFTER = "ledger.Ledger.done = die"
 
 _DIES = """
 import json, os, signal, sys
 from pathlib import Path
-from assayer import ledger, tracking
+from assayer import ledger, publication, tracking
 
 def die(*words, **more):
     os.kill(os.getpid(), signal.SIGKILL)
 
 {patch}
-tracking.publish([Path(path) for path in json.loads(sys.argv[2])], tracking.parse(sys.argv[1], Path.cwd()))
+publication.publish([Path(path) for path in json.loads(sys.argv[2])], tracking.parse(sys.argv[1], Path.cwd()))
 """
 
 

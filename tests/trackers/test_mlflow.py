@@ -8,8 +8,9 @@ import pytest
 from curves import AFTER, Run, killed, published
 
 from assayer.points import Point
+from assayer.publication import publish
 from assayer.trackers import mlflow as tracker
-from assayer.tracking import parse, publish
+from assayer.tracking import parse
 
 # What MLflow uses of SQLAlchemy that goes away is between those two.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -6,6 +6,9 @@ import pytest
 from curves import AFTER, BEFORE, Run, killed, published
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from assayer.publication import publish
+from assayer.tracking import parse
+
 Scalars = list[tuple[int, float, float]]
 
 
@@ -99,8 +102,6 @@ def test_the_trainers_own_event_files_are_left_alone(run: Run) -> None:
 
 
 def test_a_number_beyond_float32_is_left_out_and_said(run: Run) -> None:
-    from assayer.tracking import parse, publish
-
     outcome = publish([run.record(10, {"acc": 0.1, "huge": 1e300})], parse("tensorboard", run.folder))
     assert outcome.notes == ["eval/huge of step 10 is too large for TensorBoard"]
     assert set(scalars(run.evals)) == {"eval/acc"}

@@ -15,8 +15,9 @@ from wandb_server import Runs, serving
 
 from assayer.errors import TrackerError
 from assayer.points import Curve, Point
+from assayer.publication import publish, publish_apart
 from assayer.trackers import wandb as tracker
-from assayer.tracking import parse, publish, publish_record
+from assayer.tracking import parse
 from assayer.wandb_log import records, rows
 
 # What W&B uses of others that goes away is between them.
@@ -264,7 +265,7 @@ def test_a_server_that_is_away_is_one_line_in_time_and_the_points_come_later(
     target = parse("wandb:project=p,run=shr", run.folder)
     with monkeypatch.context() as patched:
         patched.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
-        assert publish_record(record, [target], timeout=4) == [f"{target} took longer than 4 s; the next publication repairs it"]
+        assert publish_apart([record], target, timeout=4).errors == [f"{target} took longer than 4 s; the next publication repairs it"]
     assert published(str(target), record) == (1, 0)
     assert served.steps("shr") == [10]
 
