@@ -37,7 +37,15 @@ class Run:
     def evals(self) -> Path:
         return self.folder / "evals"
 
-    def record(self, step: int | None, metrics: dict[str, Any], name: str | None = None, evaluator: str = "accuracy", **more: Any) -> Path:
+    def record(
+        self,
+        step: int | None,
+        metrics: dict[str, Any],
+        name: str | None = None,
+        evaluator: str = "accuracy",
+        results_dir: str | None = None,
+        **more: Any,
+    ) -> Path:
         """Writes a record as a worker does. Identities differ by step unless one is given; each ends a second after its step."""
         path = self.folder / (name or f"model_step{step}.pt")
         fields: dict[str, Any] = {
@@ -49,7 +57,7 @@ class Run:
             "ended": f"2026-11-20T04:{(step or 0) // 60 % 60:02}:{(step or 0) % 60:02}.25+00:00",
         }
         made = replace(BASE, **(fields | more))
-        place = Place.of(str(path), made.evaluator["name"], weights=made.weights)
+        place = Place.of(str(path), made.evaluator["name"], results_dir, made.weights)
         written = place.write(made)
         assert read(written) == made
         return written
