@@ -2,8 +2,8 @@
 
 Exactly one point each, whatever breaks off: what is doubtful is looked up in the metric's history by step and time and only what is missing
 there is logged. In a database (and so on a server with one) the same metric with the same value, step and time is one row anyway, since all
-four are part of its primary key (mlflow/store/tracking/dbmodels/models.py): in a run that is named even a lost ledger doubles nothing. A run
-of our own is found by a tag that the ledger knows, so that a lost ledger makes another run.
+four are part of its primary key (mlflow/store/tracking/dbmodels/models.py): in a run that is named even a lost ledger doubles nothing. A
+run of our own is found by a tag that the ledger knows, so that a lost ledger makes another run.
 
 Without ``run=`` a run of our own is made, called after the folder of the checkpoints, and found again by a tag.
 """
