@@ -11,6 +11,7 @@ name belongs to the evaluator that was the first to use it in its results folder
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from assayer.files import digest
 from assayer.record import Record
 
-__all__ = ["Curve", "Point", "is_of_job", "point_of", "run_name", "why_none"]
+__all__ = ["Curve", "Point", "is_of_job", "is_of_one", "point_of", "run_name", "why_none"]
 
 _PREFIX = "eval/"
 
@@ -88,6 +89,11 @@ def why_none(record: Record) -> str | None:
     if all(_finite(value) is None for value in record.metrics.values()):
         return "no metric of it is a finite number"
     return None
+
+
+def is_of_one(name: str, record: Record) -> bool:
+    """True when a folder of this name is called after the one checkpoint that lies there, such as ``step_500``."""
+    return re.search(rf"(step|iter|checkpoint|epoch)[=_-]?0*{_step(record)}(?!\d)", name, re.IGNORECASE) is not None
 
 
 def is_of_job(record: Record) -> bool:

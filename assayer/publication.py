@@ -20,8 +20,8 @@ from assayer import record as records
 from assayer.errors import AssayerError, StateError, TrackerError, UsageError
 from assayer.files import printable
 from assayer.ledger import Ledger, opened
-from assayer.points import Curve, Point, is_of_job, point_of, why_none
-from assayer.record import Record
+from assayer.points import Curve, Point, is_of_job, is_of_one, point_of, why_none
+from assayer.record import Record, results_folder
 from assayer.trackers import all_trackers
 from assayer.tracking import Target, missing_library
 
@@ -80,14 +80,13 @@ def publish(
         alive: called whenever something has got done.
     """
     outcome = Outcome()
-    folders: dict[Path, list[Path]] = {}
-    for path in paths:
-        # evals/<evaluator>/<checkpoint>.json
-        folders.setdefault(path.parent.parent, []).append(path)
-    for results, chosen in folders.items():
+    folders: dict[Path, list[tuple[Path, Record]]] = {}
+    for path, record in _read(paths, watched, outcome, alive):
+        folders.setdefault(_home(path, record), []).append((path, record))
+    for results, found in folders.items():
         try:
             with opened(results / target.ledger, lock_timeout) as ledger:
-                _Folder(results, target, ledger, outcome, alive).publish(_read(chosen, watched, outcome, alive), again)
+                _Folder(results, target, ledger, outcome, alive).publish(found, again)
         except AssayerError as error:
             outcome.errors.append(target.masked(f"{target.tracker}: {error}"))
         except Exception as error:
@@ -122,6 +121,23 @@ def _read(paths: Iterable[Path], watched: str | None, outcome: Outcome, alive: C
         else:
             found.append((path, record))
     return found
+
+
+def _home(path: Path, record: Record) -> Path:
+    """The results folder whose curve this record belongs to: its own; the run's where each checkpoint has a folder of its own."""
+    # evals/<evaluator>/<checkpoint>.json
+    results = path.parent.parent
+    is_beside = results.name == "evals"
+    folder, results_dir = (results.parent, None) if is_beside else (Path(record.checkpoint).parent, str(results.parent))
+    if not is_of_one(folder.name, record) or results_folder(folder / "-", results_dir) != results:
+        return results
+    home = results_folder(folder, results_dir)
+    try:
+        home.mkdir(exist_ok=True)
+    except OSError:
+        # What is not ours to write has its curve where it lies.
+        return results
+    return home
 
 
 @dataclass

@@ -8,6 +8,7 @@ import pytest
 from curves import Run, ledger_lines
 
 from assayer.ledger import opened
+from assayer.points import run_name
 from assayer.publication import Outcome, publish, publish_apart
 from assayer.tracking import Target, parse
 
@@ -129,6 +130,25 @@ def test_a_name_that_belongs_to_another_evaluator_is_spoken_of_once(run: Run, tm
     publish([run.record(10, {"acc": 0.1}, evaluator="val")], target)
     said = [publish([run.record(step, {"acc": 0.1}, evaluator="test") for step in steps], target).notes for steps in ((10, 20), (30,))]
     assert said == [["eval/acc belongs to the evaluator val: that of test is called eval/test/acc"], []]
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_checkpoints_in_folders_of_their_own_are_one_curve(tmp_path: Path, is_elsewhere: bool) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    place = str(results) if is_elsewhere else None
+    paths = [Run(tmp_path / "exp1" / f"step_{step:04}").record(step, {"acc": 0.1}, results_dir=place) for step in (1, 20)]
+    target = function(tmp_path, "    pass")
+    assert publish(paths, target) == Outcome(published=2)
+    assert calls(tmp_path) == [[1, 20]]
+    (ledger,) = (results if is_elsewhere else tmp_path / "exp1").rglob("*.ledger")
+    assert run_name(ledger.parent).startswith("exp1")
+
+
+def test_runs_that_are_called_like_checkpoints_stay_apart(tmp_path: Path) -> None:
+    paths = [Run(tmp_path / "exp1" / f"iter{n}").record(100, {"acc": 0.1}) for n in (1, 2)]
+    publish(paths, function(tmp_path, "    pass"))
+    assert calls(tmp_path) == [[100], [100]]
 
 
 def a_job(run: Run, step: int) -> Path:

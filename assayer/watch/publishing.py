@@ -197,6 +197,8 @@ class _Lane:
     def _note(self, desk: _Desk, were_all: bool, outcome: Outcome) -> None:
         for note in outcome.notes:
             logger.info("%s: %s", printable(desk.plan.directory), printable(note))
+        for reason, paths in outcome.without.items():
+            logger.info("%s: %d records give no point: %s", printable(desk.plan.directory), len(paths), printable(reason))
         with self._lock:
             desk.at_work = False
             if outcome.errors:
