@@ -282,7 +282,7 @@ def publish_apart(paths: Sequence[Path], target: Target, watched: str | None = N
     except TimeoutError:
         return Outcome(errors=[f"{name} took longer than {timeout:g} s; the next publication repairs it"], is_late=True)
     except ChildProcessError as error:
-        return Outcome(errors=[f"{name}: a publication broke off: {error}"])
+        return Outcome(errors=[target.masked(f"{name}: a publication broke off: {error}")])
     except OSError as error:
         return Outcome(errors=[f"{name} cannot be asked: {error.strerror}"])
 
