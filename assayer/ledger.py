@@ -32,13 +32,15 @@ _STEP = 0.05
 class Ledger:
     """The open, locked ledger of one target.
 
-    ``pending``: points intended and not done, by id; ``keys`` and ``ids``: what was intended ever; ``owners``: the evaluator of each name.
+    ``pending``: points intended and not done, by id; ``refused``: the ids of those that the tracker would not take by themselves; ``keys``
+    and ``ids``: what was intended ever; ``owners``: the evaluator of each name.
     """
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self._descriptor = descriptor
         self._path = path
         self.pending: dict[str, Point] = {}
+        self.refused: set[str] = set()
         self.keys: set[str] = set()
         self.ids: set[str] = set()
         self.owners: dict[str, str] = {}
@@ -60,6 +62,7 @@ class Ledger:
             self._intend(Point.from_json(value))
         for name in line.get("done", ()):
             self.pending.pop(name, None)
+        self.refused.update(line.get("refused", ()))
         self.facts.update(line.get("facts", {}))
 
     def _intend(self, point: Point) -> None:
@@ -92,6 +95,17 @@ class Ledger:
             self._append({"done": names})
             for name in names:
                 self.pending.pop(name, None)
+
+    def refuse(self, points: Iterable[Point]) -> None:
+        """Notes that the tracker has refused these points, each by itself; they stay doubtful.
+
+        Raises:
+            StateError: the file cannot be written.
+        """
+        names = [point.id for point in points if point.id not in self.refused]
+        if names:
+            self._append({"refused": names})
+            self.refused.update(names)
 
     def remember(self, facts: dict[str, Any]) -> None:
         """Keeps what a tracker has found out about its target.

@@ -28,6 +28,7 @@ __all__ = [
     "hold_key",
     "installed_versions",
     "now_utc",
+    "results_folder",
     "run_folder",
 ]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from conftest import REPOSITORY
 
+from assayer.publication import publish
 from assayer.record import Place, Record, read
-from assayer.tracking import parse, publish
+from assayer.tracking import parse
 
 BASE = Record(
     checkpoint="",
@@ -36,7 +37,15 @@ class Run:
     def evals(self) -> Path:
         return self.folder / "evals"
 
-    def record(self, step: int | None, metrics: dict[str, Any], name: str | None = None, evaluator: str = "accuracy", **more: Any) -> Path:
+    def record(
+        self,
+        step: int | None,
+        metrics: dict[str, Any],
+        name: str | None = None,
+        evaluator: str = "accuracy",
+        results_dir: str | None = None,
+        **more: Any,
+    ) -> Path:
         """Writes a record as a worker does. Identities differ by step unless one is given; each ends a second after its step."""
         path = self.folder / (name or f"model_step{step}.pt")
         fields: dict[str, Any] = {
@@ -48,7 +57,7 @@ class Run:
             "ended": f"2026-11-20T04:{(step or 0) // 60 % 60:02}:{(step or 0) % 60:02}.25+00:00",
         }
         made = replace(BASE, **(fields | more))
-        place = Place.of(str(path), made.evaluator["name"], weights=made.weights)
+        place = Place.of(str(path), made.evaluator["name"], results_dir, made.weights)
         written = place.write(made)
         assert read(written) == made
         return written
@@ -61,19 +70,19 @@ def ledger_lines(run: Run, pattern: str) -> list[dict[str, Any]]:
 
 
 # Ends the process as the worst moments do: when all is intended and nothing given; when all is given and nothing noted.
-BEFORE = "tracking._give = die"
+BEFORE = "publication.give = die"
 AFTER = "ledger.Ledger.done = die"
 
 _DIES = """
 import json, os, signal, sys
 from pathlib import Path
-from assayer import ledger, tracking
+from assayer import ledger, publication, tracking
 
 def die(*words, **more):
     os.kill(os.getpid(), signal.SIGKILL)
 
 {patch}
-tracking.publish([Path(path) for path in json.loads(sys.argv[2])], tracking.parse(sys.argv[1], Path.cwd()))
+publication.publish([Path(path) for path in json.loads(sys.argv[2])], tracking.parse(sys.argv[1], Path.cwd()))
 """
 
 

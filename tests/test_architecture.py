@@ -16,8 +16,8 @@ FLOORS = {
     **dict.fromkeys(["checkpoint", "progress", "record", "plan", "refs", "queues", "session", "evaluator_flags", "fields", "protocol"], 2),
     **dict.fromkeys(["distributed", "documents", "token_source", "token_cache", "token_data"], 2),
     **dict.fromkeys(["evaluators", "harness", "client"], 3),
-    **dict.fromkeys(["points", "ledger", "wandb_log", "second_names"], 2),
-    **dict.fromkeys(["formats", "kept", "trackers", "tracking", "results"], 3),
+    **dict.fromkeys(["points", "ledger", "wandb_log", "second_names", "apart"], 2),
+    **dict.fromkeys(["formats", "kept", "trackers", "tracking", "publication", "results"], 3),
     "merge": 4,
     "worker": 5,
     **dict.fromkeys(["watch", "server"], 6),
@@ -107,7 +107,7 @@ def test_no_job_function_lives_in_a_module_that_is_run() -> None:
         ("assayer.progress", ["torch", "numpy", "redis", "rq", "rich"]),
         *(
             (name, ["torch", "redis", "rq", "wandb", "mlflow", "tensorboard"])
-            for name in ("assayer.trackers", "assayer.tracking", "assayer.results.command")
+            for name in ("assayer.trackers", "assayer.tracking", "assayer.publication", "assayer.results.command")
         ),
         *(
             (name, ["torch", "redis", "rq", "click", "rich", "numpy", "safetensors", "transformers", "lightning", "pydantic"])

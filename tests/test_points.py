@@ -34,6 +34,11 @@ def test_two_metrics_of_one_record_never_become_one() -> None:
     assert point_of(a_record({"loss": 1.0, "eval/loss": 2.0}), PATH, {})[0].values["eval/loss"] == 2.0
 
 
+def test_a_metric_that_is_no_number_once_leaves_its_name_to_no_other() -> None:
+    assert names({"loss": 1.0, "eval/loss": None}) == ["eval/accuracy/loss"]
+    assert names({"loss": 1.0, "eval/loss": float("nan")}) == ["eval/accuracy/loss"]
+
+
 def test_a_name_of_another_evaluator_is_qualified_and_that_is_said() -> None:
     point, notes = point_of(a_record({"acc": 1.0, "loss": 2.0}), PATH, {"eval/acc": "val", "eval/loss": "accuracy"})
     assert sorted(point.values) == ["eval/accuracy/acc", "eval/loss"]

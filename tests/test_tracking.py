@@ -15,7 +15,8 @@ from conftest import REPOSITORY, until
 from curves import AFTER, BEFORE, Run, killed, published
 
 from assayer.errors import TrackerError, UsageError
-from assayer.tracking import Target, check, parse, publish, publish_record
+from assayer.publication import Outcome, publish, publish_apart
+from assayer.tracking import Target, check, parse
 
 # A tracker of the user's own: a line a point.
 OWN = """
@@ -101,8 +102,7 @@ def test_what_is_no_target_is_one_line_that_says_what_is_allowed(text: str, said
 def test_a_function_is_imported_once_when_it_is_given(tmp_path: Path) -> None:
     (tmp_path / "my.py").write_text("def f(points):\n    pass\n\ndef two(points, more):\n    pass\n")
     (tmp_path / "bad.py").write_text("import sys\nsys.exit(3)\n")
-    target, warning = check("my.py:f", tmp_path)
-    assert (str(target), warning) == (f"{tmp_path}/my.py:f", None)
+    assert str(check("my.py:f", tmp_path)) == f"{tmp_path}/my.py:f"
     for text, said in [
         ("my.py:g", "has no function 'g'; it has f, two"),
         ("my.py:two", "it must take one argument, the list of points"),
@@ -119,10 +119,8 @@ def test_a_library_that_is_missing_names_the_extra(tmp_path: Path, monkeypatch: 
     said = r"wandb needs wandb, which is not installed: pip install 'assayer\[wandb\]'"
     with pytest.raises(TrackerError, match=said):
         check("wandb:project=p", tmp_path)
-    target, warning = check("wandb:project=p", tmp_path, elsewhere=True)
-    assert warning and warning.endswith("on this machine")
     run = Run(tmp_path / "r")
-    assert publish([run.record(1, {"a": 1.0})], target).errors == [
+    assert publish([run.record(1, {"a": 1.0})], parse("wandb:project=p", tmp_path)).errors == [
         "wandb: needs wandb, which is not installed: pip install 'assayer[wandb]'"
     ]
 
@@ -164,7 +162,6 @@ def test_what_did_not_finish_is_no_point_and_said(run: Run, own: tuple[str, Path
     failed = run.record(10, {}, status="failed")
     outcome = publish([failed, run.record(20, {"acc": 0.1})], parse(target, REPOSITORY))
     assert outcome.without == {"its status is failed": [failed]}
-    assert publish_record(failed, [parse(target, REPOSITORY)]) == [], "an evaluation that failed has said so"
     assert outcome.published == 1
     # Once it has finished, it is one.
     assert published(target, run.record(10, {"acc": 0.2})) == (1, 0)
@@ -221,10 +218,11 @@ def test_a_tracker_that_is_down_is_one_line_and_the_next_record_repairs_it(run: 
     assert [step for step, _, _ in lines(out)] == [10, 20]
 
 
-def test_a_record_is_published_beside_an_evaluation_to_every_target(run: Run, own: tuple[str, Path], tmp_path: Path) -> None:
-    targets = [parse(text, tmp_path) for text in ("tensorboard", own[0])]
-    assert publish_record(run.record(10, {"acc": 0.1}), targets) == []
-    assert publish_record(run.record(10, {"acc": 0.1}), targets) == []
+def test_a_record_is_published_in_a_process_apart_to_every_target(run: Run, own: tuple[str, Path], tmp_path: Path) -> None:
+    for given in (1, 0):
+        for text in ("tensorboard", own[0]):
+            outcome = publish_apart([run.record(10, {"acc": 0.1})], parse(text, tmp_path))
+            assert outcome == Outcome(published=given, present=1 - given)
     assert [step for step, _, _ in lines(own[1])] == [10]
     assert len(list(run.evals.glob("*tfevents*"))) == 1
 
@@ -239,10 +237,10 @@ def test_a_record_is_published_beside_an_evaluation_to_every_target(run: Run, ow
     ],
     ids=["hangs", "raises", "dies", "exits"],
 )
-def test_whatever_a_tracker_does_an_evaluation_only_gets_a_sentence(run: Run, tmp_path: Path, body: str, said: str) -> None:
+def test_whatever_a_tracker_does_the_caller_only_gets_a_sentence(run: Run, tmp_path: Path, body: str, said: str) -> None:
     (tmp_path / "my.py").write_text(f"def note(points):\n{body}\n")
     record = run.record(10, {"acc": 0.1})
-    (note,) = publish_record(record, [parse("my.py:note", tmp_path)], timeout=3 if "sleep" in body else 60)
+    (note,) = publish_apart([record], parse("my.py:note", tmp_path), timeout=3 if "sleep" in body else 60).errors
     assert re.search(said, note), note
     assert "\n" not in note
 
@@ -251,7 +249,7 @@ def test_many_processes_publish_one_folder_and_every_point_is_there_once(run: Ru
     # Four publishers at once, each with all records in an order of its own.
     records = [run.record(step, {"acc": step / 100}) for step in range(1, 41)]
     code = (
-        "import sys; from pathlib import Path; from assayer.tracking import parse, publish\n"
+        "import sys; from pathlib import Path; from assayer.tracking import parse; from assayer.publication import publish\n"
         "paths = [Path(p) for p in sys.argv[2:]]; n = int(sys.argv[1])\n"
         "for path in paths[n * 10:] + paths[:n * 10]:\n"
         "    outcome = publish([path], parse('tensorboard', Path.cwd())); assert not outcome.errors, outcome"
@@ -273,9 +271,9 @@ def test_a_publisher_whose_caller_is_gone_ends_by_itself(run: Run, tmp_path: Pat
     )
     record = run.record(10, {"acc": 0.1})
     code = (
-        "import sys; from pathlib import Path; from assayer import tracking\n"
-        "tracking.GRACE = 1; target = tracking.parse(sys.argv[1], Path.cwd())\n"
-        "tracking.publish_record(Path(sys.argv[2]), [target], timeout=2)"
+        "import sys; from pathlib import Path; from assayer import apart, publication, tracking\n"
+        "apart.GRACE = 1; target = tracking.parse(sys.argv[1], Path.cwd())\n"
+        "publication.publish_apart([Path(sys.argv[2])], target, timeout=2)"
     )
     caller = subprocess.Popen([sys.executable, "-c", code, f"{tmp_path}/my.py:note", str(record)], cwd=REPOSITORY)
     pid = int(until(lambda: pids.exists() and pids.read_text()))
@@ -287,18 +285,30 @@ def test_a_publisher_whose_caller_is_gone_ends_by_itself(run: Run, tmp_path: Pat
 def test_a_password_in_a_url_is_neither_shown_nor_on_a_command_line(run: Run, tmp_path: Path) -> None:
     target = parse("mlflow:uri=http://me:secret@127.0.0.1:1", tmp_path)
     assert str(target) == "mlflow:uri=http://***@127.0.0.1:1"
-    code = "import sys, json; from pathlib import Path; from assayer.tracking import Target, publish_record\n"
-    code += "print(publish_record(Path(sys.argv[1]), [Target.from_json(json.loads(sys.stdin.read()))], timeout=4))"
+    code = "import sys, json; from pathlib import Path; from assayer.tracking import Target\n"
+    code += "from assayer.publication import publish_apart\n"
+    code += "print(publish_apart([Path(sys.argv[1])], Target.from_json(json.loads(sys.stdin.read())), timeout=4))"
     words = [sys.executable, "-c", code, str(run.record(10, {"acc": 0.1}))]
     with subprocess.Popen(words, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as caller:
         assert caller.stdin and caller.stdout
         with caller.stdin as orders:
             orders.write(json.dumps(target.to_json()))
-        lines = until(lambda: [line for line in command_lines() if b"run_module" in line and b"assayer.tracking" in line])
+        lines = until(lambda: [line for line in command_lines() if b"run_module" in line and b"assayer.publication" in line])
         said = caller.stdout.read()
     assert not any(b"secret" in line for line in lines)
     assert "http://***@127.0.0.1:1" in said and "secret" not in said
     assert not any("secret" in path.read_text() for path in run.evals.glob("*.ledger"))
+
+
+def test_a_password_may_change_and_hold_any_letter(tmp_path: Path) -> None:
+    targets = [
+        parse(f"mlflow:uri={uri}", tmp_path) for uri in ("http://h:5000", "http://me:a@h:5000", "http://me:p/s@s@h:5000", "http://h:5000/")
+    ]
+    assert len({target.ledger for target in targets}) == 1, "a password is no part of where points are"
+    assert str(targets[2]) == "mlflow:uri=http://***@h:5000"
+    assert targets[2].masked("no route to http://me:p/s@s@h:5000/api, user me:p/s@s") == "no route to http://***@h:5000/api, user ***"
+    assert parse("mlflow:uri=http://g:5000", tmp_path).ledger != targets[0].ledger
+    assert str(parse("mlflow:uri=file:///a@b,experiment=c@d", tmp_path)) == "mlflow:uri=file:///a@b,experiment=c@d"
 
 
 def command_lines() -> Iterator[bytes]:
@@ -307,11 +317,10 @@ def command_lines() -> Iterator[bytes]:
             yield path.read_bytes()
 
 
-def test_a_record_without_a_step_says_so_beside_an_evaluation(run: Run) -> None:
+def test_a_record_without_a_step_says_so(run: Run) -> None:
     record = run.record(None, {"acc": 0.1}, name="last.ckpt")
-    assert publish_record(record, [parse("tensorboard", run.folder)]) == [
-        f"{record} gives no point: it has neither a step nor a whole number of epochs"
-    ]
+    outcome = publish_apart([record], parse("tensorboard", run.folder))
+    assert outcome.without == {"it has neither a step nor a whole number of epochs": [record]}
 
 
 def test_a_results_folder_that_is_held_for_too_long_is_one_line(run: Run) -> None:

@@ -50,6 +50,7 @@ class Board:
         # One hash (or sorted set) for all watches of the queue each, by plan: a tick reads and writes them in one go.
         self._due, self._given = f"{self._prefix}due", f"{self._prefix}given"
         self._last, self._problem, self._active = f"{self._prefix}last", f"{self._prefix}problem", f"{self._prefix}active"
+        self._last_word = f"{self._prefix}last-word"
         self._version, self._left_out = f"{self._prefix}version", f"{self._prefix}left-out"
 
     def plan_key(self, plan_id: str) -> str:
@@ -73,6 +74,7 @@ class Board:
             pipe.hset(self._active, plan.id, time.time())
             pipe.hdel(self._last, plan.id)
             pipe.hdel(self._problem, plan.id)
+            pipe.hdel(self._last_word, plan.id)
             pipe.zadd(self._due, {plan.id: 0})
             pipe.persist(self.sight_key(plan.id))
             pipe.execute()
@@ -103,8 +105,11 @@ class Board:
     def has(self, plan_id: str) -> bool:
         return bool(self.connection.exists(self.plan_key(plan_id)))
 
-    def remove(self, plan: Plan) -> bool:
-        """Takes a plan off; True when it was there. A tick that is serving it notices before it queues another evaluation."""
+    def remove(self, plan: Plan, last_word: str = "") -> bool:
+        """Takes a plan off; True when it was there. A tick that is serving it notices before it queues another evaluation.
+
+        ``last_word``: what went wrong and will not be mended any more; it stays readable as long as the last sight.
+        """
         with self.connection.pipeline() as pipe:
             pipe.delete(self.plan_key(plan.id))
             pipe.delete(self._baseline_key(plan.id))
@@ -115,6 +120,9 @@ class Board:
             pipe.expire(self.sight_key(plan.id), KEEP)
             for key in (self._given, self._active, self._last, self._problem):
                 pipe.hdel(key, plan.id)
+            if last_word:
+                pipe.hset(self._last_word, plan.id, last_word)
+                pipe.expire(self._last_word, KEEP)
             return bool(pipe.execute()[0])
 
     def ended(self, plan: Plan) -> bool:
@@ -145,14 +153,15 @@ class Board:
             pipe.execute()
 
     def versions(self, plan_ids: list[str]) -> list[tuple[int, str, int]]:
-        """Of each plan a number that grows with each change of its sights, what hinders it, and how many settled ones are left out."""
+        """Of each plan a number that grows with each change of its sights, what hinders it (of one that has ended its last word), and how
+        many settled ones are left out."""
         with self.connection.pipeline(transaction=False) as pipe:
-            for key in (self._version, self._problem, self._left_out):
+            for key in (self._version, self._problem, self._last_word, self._left_out):
                 pipe.hmget(key, plan_ids)
-            versions, problems, settled = pipe.execute() if plan_ids else ([], [], [])
+            versions, problems, last_words, settled = pipe.execute() if plan_ids else ([], [], [], [])
         return [
-            (int(version or 0), (problem or b"").decode("utf-8", "replace"), int(count or 0))
-            for version, problem, count in zip(versions, problems, settled, strict=True)
+            (int(version or 0), (problem or last_word or b"").decode("utf-8", "replace"), int(count or 0))
+            for version, problem, last_word, count in zip(versions, problems, last_words, settled, strict=True)
         ]
 
     def tick(self, plan_id: str) -> dict[str, Any]:

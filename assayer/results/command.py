@@ -8,8 +8,9 @@ import click
 from assayer import cli
 from assayer.errors import UsageError
 from assayer.files import printable
+from assayer.publication import publish
 from assayer.results.find import find_records
-from assayer.tracking import check, publish
+from assayer.tracking import check
 
 __all__ = ["main"]
 
@@ -39,10 +40,7 @@ def publish_command(directories: tuple[str, ...], tracks: tuple[str, ...], evalu
     DIRECTORY is a directory of runs, a run, a results folder, or a record. Exit code 1 when a tracker did not take everything.
     """
     cwd = Path.cwd()
-    targets = []
-    for text in tracks:
-        target, _ = check(text, cwd)
-        targets.append(target)
+    targets = [check(text, cwd) for text in tracks]
     paths = list(dict.fromkeys(path for directory in directories for path in find_records(cwd / directory)))
     if evaluators:
         present = {path.parent.name for path in paths}

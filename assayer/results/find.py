@@ -9,8 +9,10 @@ from assayer.files import natural_key, printable
 
 __all__ = ["find_records"]
 
-# How deep below the directory given results folders are looked for, and records below a directory of results folders.
-_DEPTH, _RESULTS_DEPTH = 6, 2
+# How deep records lie below a directory of results folders.
+_RESULTS_DEPTH = 2
+# What evaluators leave beside records: nothing in there is a results folder.
+_FILES = (".files", ".progress")
 
 
 def find_records(path: Path) -> list[Path]:
@@ -25,19 +27,21 @@ def find_records(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UsageError(f"no directory {printable(str(path))}; give one that holds evals/, or a results folder")
-    folders = [path] if path.name == "evals" or path.parent.name == "evals" else sorted(_results_folders(path))
-    found = [file for folder in folders for file in _json_files(folder, 1)] or _json_files(path, _RESULTS_DEPTH)
+    found = {file for folder in _results_folders(path) for file in _json_files(folder, 1)}
+    if path.parent.name == "evals":
+        found |= set(_json_files(path, 0))
+    found = found or set(_json_files(path, _RESULTS_DEPTH))
     if not found:
         raise UsageError(f"no record below {printable(str(path))}; give a directory that holds evals/, or a results folder")
     return sorted(found, key=lambda file: natural_key(str(file)))
 
 
 def _results_folders(path: Path) -> Iterator[Path]:
+    """Every folder called ``evals``, the path itself included. One may also be a directory of runs, so it is looked into like any other."""
     for folder, below, _ in os.walk(path):
-        depth = len(Path(folder).relative_to(path).parts)
-        if "evals" in below:
-            yield Path(folder, "evals")
-        below[:] = [name for name in below if name[0] != "." and name != "evals" and depth < _DEPTH]
+        if os.path.basename(folder) == "evals":
+            yield Path(folder)
+        below[:] = [name for name in below if name[0] != "." and not name.endswith(_FILES)]
 
 
 def _json_files(folder: Path, depth: int) -> list[Path]:

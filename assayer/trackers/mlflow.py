@@ -2,7 +2,8 @@
 
 Exactly one point each, whatever breaks off: what is doubtful is looked up in the metric's history by step and time and only what is missing
 there is logged. In a database (and so on a server with one) the same metric with the same value, step and time is one row anyway, since all
-four are part of its primary key (mlflow/store/tracking/dbmodels/models.py), so that even a lost ledger doubles nothing.
+four are part of its primary key (mlflow/store/tracking/dbmodels/models.py): in a run that is named even a lost ledger doubles nothing. A
+run of our own is found by a tag that the ledger knows, so that a lost ledger makes another run.
 
 Without ``run=`` a run of our own is made, called after the folder of the checkpoints, and found again by a tag.
 """
@@ -60,20 +61,26 @@ def publish(points: Sequence[Point], options: Mapping[str, str], curve: Curve) -
     except ModuleNotFoundError as error:
         # Of a database, which the small package of MLflow does not bring.
         raise TrackerError(f"{options['uri']} needs {error.name}, which is not installed: pip install 'assayer[{EXTRA}]'") from None
-    metrics = []
-    for point in points:
-        for name, number in _names(point.values).items():
-            metric = Metric(name, float(number), round(point.wall * 1000), point.step)
-            if not (point.doubtful and _has(client, run, metric)):
-                metrics.append(metric)
+    wanted = [
+        (point.doubtful, Metric(name, float(number), round(point.wall * 1000), point.step))
+        for point in points
+        for name, number in _names(point.values).items()
+    ]
+    known = _known(client, run, sorted({metric.key for is_doubtful, metric in wanted if is_doubtful}), curve)
+    metrics = [m for is_doubtful, m in wanted if not (is_doubtful and (m.step, m.timestamp) in known[m.key])]
     for start in range(0, len(metrics), _BATCH):
         client.log_batch(run, metrics=metrics[start : start + _BATCH])
+        curve.alive()
     return []
 
 
-def _has(client: Any, run: str, metric: Any) -> bool:
-    history = client.get_metric_history(run, metric.key)
-    return any((known.step, known.timestamp) == (metric.step, metric.timestamp) for known in history)
+def _known(client: Any, run: str, names: Sequence[str], curve: Curve) -> dict[str, set[tuple[int, int]]]:
+    """Steps and moments of all that the run has under these names: a name's history is asked for once, however many points it has."""
+    found = {}
+    for name in names:
+        found[name] = {(metric.step, metric.timestamp) for metric in client.get_metric_history(run, name)}
+        curve.alive()
+    return found
 
 
 def _names(values: Mapping[str, float]) -> dict[str, float]:

@@ -45,13 +45,15 @@ def publish(points: Sequence[Point], options: Mapping[str, str], curve: Curve) -
     folder = Path(options["logdir"].replace("{run}", curve.run)) if "logdir" in options else curve.results
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        present = {mark for path in _own_files(folder) for mark in _marks(path)}
+        present: dict[tuple[int, float], set[str]] = {}
+        for step, wall, name in (mark for path in _own_files(folder) for mark in _marks(path)):
+            present.setdefault((step, wall), set()).add(name)
         notes = []
         blocks = []
         for point in points:
             huge = {name for name, number in point.values.items() if abs(number) > _FLOAT32_MAX}
             notes += [f"{name} of step {point.step} is too large for TensorBoard" for name in sorted(huge)]
-            missing = point.without(huge | {name for step, wall, name in present if (step, wall) == (point.step, point.wall)})
+            missing = point.without(huge | present.get((point.step, point.wall), set()))
             if missing.values:
                 blocks.append(_block(_event(missing)))
         if blocks:
@@ -67,7 +69,7 @@ def _own_files(folder: Path, uid: str = "") -> list[Path]:
 
 
 def _append(folder: Path, uid: str, data: bytes) -> None:
-    """Writes whole blocks at the end of the file of this uid; behind a half block nobody reads, so then a new file begins."""
+    """Writes whole blocks at the end of the file of this uid; behind a half or damaged block nobody reads, so then a new one begins."""
     own = _own_files(folder, uid)
     if own and _whole_length(own[-1]) == own[-1].stat().st_size:
         path, flags = own[-1], os.O_APPEND
@@ -86,11 +88,13 @@ def _append(folder: Path, uid: str, data: bytes) -> None:
         os.close(descriptor)
 
 
-def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The data of each whole block, with the position of its end; ends before the first half one.
+def _blocks(path: Path) -> Iterator[tuple[int, Any]]:
+    """The event of each whole block, with the position of its end; ends before the first that is half or damaged.
 
     A CRC in Python takes a second for ten megabytes, so of the data only the last block's is checked: behind a half one nothing is written.
     """
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     with open_file(path) as file:
@@ -104,7 +108,11 @@ def _blocks(path: Path) -> Iterator[tuple[int, bytes]]:
                 return
             if file.tell() == size and _CRC.unpack(tail)[0] != masked_crc32c(data):
                 return
-            yield file.tell(), data
+            try:
+                event = Event.FromString(data)
+            except DecodeError:
+                return
+            yield file.tell(), event
 
 
 def _whole_length(path: Path) -> int:
@@ -113,10 +121,7 @@ def _whole_length(path: Path) -> int:
 
 def _marks(path: Path) -> Iterator[tuple[int, float, str]]:
     """Step, moment and name of every scalar in an event file."""
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    for _, data in _blocks(path):
-        event = Event.FromString(data)
+    for _, event in _blocks(path):
         for value in event.summary.value:
             yield event.step, event.wall_time, value.tag
 

@@ -4,13 +4,14 @@ Where the points go: with ``run=ID`` into the trainer's own run, when it takes t
 without, into a run of our own, called after the folder of the checkpoints. A run takes rows of a second process only when its own process
 has opened it with ``mode="shared"``; nothing tells that beforehand, and rows that are not taken are lost without an error. So the first
 points are written in shared mode and read back from the server; when they do not appear within ``VERIFY`` seconds, this and every later
-point goes to the companion. ``mode=shared`` never uses a companion. ``mode=offline`` (or ``WANDB_MODE=offline``) always does: it writes
-below ``evals/wandb/``, one folder a publication, for ``wandb sync``.
+point goes to the companion. So do those of a run that is not there (yet), without anything being noted. ``mode=shared`` never uses a
+companion. ``mode=offline`` (or ``WANDB_MODE=offline``) always does: it writes below ``evals/wandb/``, one folder a publication, for
+``wandb sync``.
 
-Exactly one point each: a row is known again by its ``global_step`` and its ``_timestamp``, the end of the evaluation. Everything is read
-back after writing: offline from the ``.wandb`` files, online from the server's history. What is doubtful is looked up there first, after
-W&B's own process, which may outlive a killed publisher by two seconds, has fallen silent. The one limit: when a server shows rows of the
-very first publication only after ``VERIFY`` seconds, those stand in both runs.
+Exactly one point each: a point is one row, there or not, and known again by its ``global_step``, its ``_timestamp`` (the end of the
+evaluation) and one of its metrics. Everything is read back after writing: offline from the ``.wandb`` files, online from the server's
+history. What is doubtful is looked up there first, after W&B's own process, which may outlive a killed publisher by two seconds, has fallen
+silent. The one limit: when a server shows rows of the very first publication only after ``VERIFY`` seconds, those stand in both runs.
 """
 
 import contextlib
@@ -152,10 +153,19 @@ def _online(points: Sequence[Point], place: _Place, curve: Curve, must_share: bo
         known = [] if must_share else _history(place, place.companion, doubtful)
         known += _history(place, place.trainer, doubtful) if place.trainer and is_shared is not False else []
         wanted = _missing(doubtful, known) + wanted
+        curve.alive()
     notes = []
-    if place.trainer and is_shared is not False and wanted:
+    is_tried = place.trainer is not None and is_shared is not False and bool(wanted)
+    if place.trainer and is_tried and _find(place, place.trainer) is None:
+        # To write there would make a run, and to note that would hold when the trainer has begun it.
+        if must_share or is_shared:
+            raise TrackerError(f"there is no run {place.trainer} in {place.project}; give the id of one that its trainer has begun")
+        is_tried = False
+        notes.append(f"there is no run {place.trainer} in {place.project} yet: the points are in {place.companion}")
+    if place.trainer and is_tried:
         _write(wanted, place, mode="shared", run=place.trainer)
         wanted = _await_rows(place, place.trainer, wanted)
+        curve.alive()
         if wanted and is_shared:
             raise TrackerError(
                 f"W&B does not show {len(wanted)} rows in the run {place.trainer}; they are looked up when you publish again"
@@ -214,13 +224,12 @@ def _write(points: Sequence[Point], place: _Place, *, mode: str, run: str, group
 
 
 def _missing(points: Iterable[Point], known: Iterable[Mapping[str, Any]]) -> list[Point]:
-    """The points with those of their metrics that no row has."""
+    """The points of which there is no row."""
     present: dict[tuple[int, float], set[str]] = {}
     for row in known:
         if isinstance(row.get("global_step"), int | float) and isinstance(row.get("_timestamp"), int | float):
             present.setdefault((int(row["global_step"]), round(row["_timestamp"], 3)), set()).update(row)
-    left = [point.without(present.get((point.step, round(point.wall, 3)), set())) for point in points]
-    return [point for point in left if point.values]
+    return [point for point in points if present.get((point.step, round(point.wall, 3)), set()).isdisjoint(point.values)]
 
 
 def _await_rows(place: _Place, run: str, points: Sequence[Point]) -> list[Point]:
@@ -234,14 +243,22 @@ def _await_rows(place: _Place, run: str, points: Sequence[Point]) -> list[Point]
 
 
 def _history(place: _Place, run: str, points: Sequence[Point]) -> list[dict[str, Any]]:
-    """The server's rows that hold one of the points' metrics; none where there is no such run."""
+    """The server's rows of these points, each with one metric that tells it; none where there is no such run."""
     found = _find(place, run)
     if found is None:
         return []
     # Not scan_history: it goes through every step of a run, a thousand a request.
-    names = sorted({name for point in points for name in point.values})
-    keys = [["global_step", "_timestamp", name] for name in names]
+    keys = [["global_step", "_timestamp", name] for name in _telling(points)]
     return [row for wanted in keys for row in found.history(samples=_SAMPLES, keys=wanted, pandas=False)]
+
+
+def _telling(points: Sequence[Point]) -> list[str]:
+    """Names of which every point has one: as few requests as there are kinds of points, not one a metric."""
+    found: list[str] = []
+    for values in {tuple(sorted(point.values)): None for point in points}:
+        if not any(name in found for name in values):
+            found.append(values[0])
+    return found
 
 
 def _group(place: _Place) -> str | None:

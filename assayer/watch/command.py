@@ -203,7 +203,7 @@ def main(
         if warning:
             errors.print(f"assayer: warning: {printable(warning)}", markup=False)
     common = _common(flags, cwd, now) | {"redis": chosen.name, "host": host_name(), "given": now, "detached": detach}
-    common["track"] = [tracking.check(text, cwd)[0].to_json() for text in tracks]
+    common["track"] = [tracking.check(text, cwd).to_json() for text in tracks]
     variants = VARIANTS if flags["weights"] == "both" else (str(flags["weights"]),)
     merging = {e.name: _merging(flags, e, cwd) for e in wanted}
     plans = [

@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from assayer.errors import AssayerError
+from assayer.files import printable
 from assayer.plan import Plan, PlanStore
 from assayer.queues import Connection
 from assayer.queues.board import Board
@@ -37,13 +38,15 @@ class Foreground:
         self.events = Events(console, since=min(plan.given for plan in plans))
         self.rows: list[Row] = []
         self._watched: list[Watched] = []
+        # What the watches have left undone, once they have ended.
+        self._last_words: list[str] = []
         self._signals = 0
         self._terminated = False
         self._view = View(connection)
         self._store = PlanStore(crew.state)
 
     def run(self) -> bool:
-        """Returns once the watches have ended; True when an evaluation failed in a watch that ended by itself."""
+        """Returns once the watches have ended; True when in one that ended by itself an evaluation failed, or points are missing."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # Under nohup the terminal's end is nothing to heed.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -57,7 +60,9 @@ class Foreground:
         if not any(plan.ends for plan in self.plans):
             self.events.say("the watch was ended, or taken over, by another command")
         self.console.print(self._table())
-        return any(row.state in BAD for row in self.rows)
+        for problem in self._last_words:
+            self.events.say(printable(problem))
+        return bool(self._last_words) or any(row.state in BAD for row in self.rows)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-C, or the terminal has been closed: counted, and heeded where the command waits, so that nothing is left half done.
@@ -96,6 +101,8 @@ class Foreground:
             watched = self._view.watched(self.plans)
             for plan, one in zip(self.plans, watched, strict=True):
                 self.events.problem(plan.id, one.problem, plan.directory)
+            # A watch that has ended has no other problem than its last word.
+            self._last_words = [one.problem for plan, one in zip(self.plans, watched, strict=True) if plan.ends and one.problem]
             if any(one.rows for one in watched) or not self.rows:
                 self._watched = watched
                 self.rows = [row for one in watched for row in one.rows]

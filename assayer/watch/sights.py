@@ -50,7 +50,8 @@ class Sights:
         now = {**self.active, **{path: sight for kept in self._settled.values() for path, sight in kept.items()}}
         changed = {path: sight for path, sight in now.items() if before.get(path) != sight}
         gone = [path for path in lost if path in before]
-        self.finished = [path for path, sight in changed.items() if sight["state"] == "finished" and _is_new(sight, before.get(path))]
+        # Also what is out of sight already: more may have finished within one look than stays in it.
+        self.finished = [path for path, sight in settled.items() if sight["state"] == "finished" and _is_new(sight, before.get(path))]
         board.publish(plan_id, changed, gone, self._left_out)
         return bool(gone) or any(before.get(path, {}).get("state") != sight["state"] for path, sight in changed.items())
 

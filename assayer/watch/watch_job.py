@@ -71,6 +71,7 @@ def tick(queue: str, generation: int) -> None:
     _lookout.forget({plan_id: plan.given for plan_id, (plan, _) in known.plans.items()})
     for key in [key for key in _sights if key[0] == queue and key[1] not in known.plans]:
         del _sights[key]
+        _publisher.drop(key[1])
     due = [plan_id for plan_id in board.due(now + EARLY) if plan_id in known.plans]
     neighbours = known.neighbours(connection)
     begun = set()
@@ -129,8 +130,8 @@ def _serve(board: Board, plan: Plan, look: Look, guards: dict[str, str | None], 
     waits = any(sight["state"] == "queued" for sight in states.values()) or _publisher.is_busy(plan)
     # A directory that is away is waited for; with --once, what cannot be seen is not there.
     waits = waits or (look.missing and (not plan.once or _any_in_flight(board, sights)))
-    if look.final and not waits and not _still_moving(plan, look):
-        _end(board, plan)
+    if look.final and not waits and not _still_moving(plan, look) and not _publisher.try_again(plan):
+        _end(board, plan, _publisher.problem(plan))
         return Note(plan.id, next=now)
     problems = [*look.problems, *(text for text in (look.notice, _publisher.problem(plan)) if text)]
     active_at = look.began if changed or waits else None
@@ -275,8 +276,11 @@ def _any_in_flight(board: Board, sights: Sights) -> bool:
     return any(is_in_flight(status) for status in statuses(board.connection, jobs).values())
 
 
-def _end(board: Board, plan: Plan) -> None:
+def _end(board: Board, plan: Plan, problem: str) -> None:
+    last_word = f"points are missing; assayer.results publish gives them: {problem}" if problem else ""
+    # Before the watch is over, or who looks at its end would miss it.
+    board.note([Note(plan.id, next=time.time(), problem=last_word)])
     logger.info("<- watch of %s with %s has ended", printable(plan.directory), plan.label)
     if plan.host == host_name():
         PlanStore(state_directory()).stop(plan.id, plan.given)
-    board.remove(plan)
+    board.remove(plan, last_word)

@@ -56,6 +56,19 @@ def test_results_that_lie_elsewhere_are_found(tmp_path: Path, runs: Path) -> Non
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["exp1-0a1b2c3d"]
 
 
+def test_results_are_found_at_any_depth_and_below_a_parent_that_is_called_like_a_results_folder(tmp_path: Path) -> None:
+    deep = Run(tmp_path.joinpath("evals", *"abcdefgh", "exp1")).record(1, {"acc": 0.1})
+    near = Run(tmp_path / "evals" / "exp2").record(1, {"acc": 0.1})
+    assert find_records(tmp_path) == find_records(tmp_path / "evals") == [deep, near]
+    assert find_records(tmp_path / "evals" / "exp2") == [near]
+    assert find_records(near.parent) == [near]
+    # What an evaluator has written is none.
+    files = near.parent / "model_step1.pt.files" / "evals" / "x"
+    files.mkdir(parents=True)
+    (files / "y.json").write_text("{}")
+    assert find_records(tmp_path) == [deep, near]
+
+
 def test_one_evaluator_alone_can_be_published(runs: Path) -> None:
     assert "1 published, 0 there already, of 1 records" in command("--track", "tensorboard", "--evaluator", "loss", runs).output
     done = command("--track", "tensorboard", "--evaluator", "none", runs)

@@ -8,8 +8,9 @@ import pytest
 from curves import AFTER, Run, killed, published
 
 from assayer.points import Point
+from assayer.publication import publish
 from assayer.trackers import mlflow as tracker
-from assayer.tracking import parse, publish
+from assayer.tracking import parse
 
 # What MLflow uses of SQLAlchemy that goes away is between those two.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -144,3 +145,22 @@ def test_two_runs_of_one_name_are_refused(store: Store, run: Run) -> None:
         store.client.create_run("0", run_name="train")
     outcome = publish([run.record(10, {"acc": 0.1})], parse(f"{store.target},run=train", run.folder))
     assert outcome.errors == ["mlflow: 2 runs or more are called train; give the id of one, run=<32 hexadecimal digits>"]
+
+
+def test_a_history_is_asked_for_once_however_many_points_are_doubtful(store: Store, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    from assayer.points import Curve
+
+    asked: list[str] = []
+    fetch = MlflowClient.get_metric_history
+
+    def counted(self: MlflowClient, run_id: str, key: str) -> object:
+        asked.append(key)
+        return fetch(self, run_id, key)
+
+    monkeypatch.setattr(MlflowClient, "get_metric_history", counted)
+    points = [Point(f"k{n}", f"i{n}", n, 1.5, {"eval/acc": 0.1, "eval/loss": 2.0}, "accuracy", "/r.json", doubtful=True) for n in range(20)]
+    tracker.publish(points, tracker.settle({"uri": store.uri}, run.folder), Curve(run.evals, "0" * 16))
+    assert asked == ["eval/acc", "eval/loss"]
+    assert len(store.history(store.runs()["exp1-eval"])) == 20

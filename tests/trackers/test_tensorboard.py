@@ -6,6 +6,9 @@ import pytest
 from curves import AFTER, BEFORE, Run, killed, published
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from assayer.publication import publish
+from assayer.tracking import parse
+
 Scalars = list[tuple[int, float, float]]
 
 
@@ -99,8 +102,29 @@ def test_the_trainers_own_event_files_are_left_alone(run: Run) -> None:
 
 
 def test_a_number_beyond_float32_is_left_out_and_said(run: Run) -> None:
-    from assayer.tracking import parse, publish
-
     outcome = publish([run.record(10, {"acc": 0.1, "huge": 1e300})], parse("tensorboard", run.folder))
     assert outcome.notes == ["eval/huge of step 10 is too large for TensorBoard"]
     assert set(scalars(run.evals)) == {"eval/acc"}
+
+
+def test_a_damaged_file_is_at_its_end_where_the_damage_is_and_a_new_one_is_begun(run: Run) -> None:
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    for step in (10, 20, 30):
+        published("tensorboard", run.record(step, {"acc": step / 100}))
+    (path,) = run.evals.glob("*tfevents*")
+    data = path.read_bytes()
+    # An event that is none, in a block with lengths that are right.
+    length = int.from_bytes(data[:8], "little")
+    second = 16 + length
+    size = int.from_bytes(data[second : second + 8], "little")
+    nonsense = b"\xff" * size
+    block = data[second : second + 12] + nonsense + masked_crc32c(nonsense).to_bytes(4, "little")
+    path.write_bytes(data[:second] + block + data[second + len(block) :])
+    for step in (40, 50):
+        assert published("tensorboard", run.record(step, {"acc": step / 100})) == (1, 0)
+    first, younger = sorted(run.evals.glob("*tfevents*"))
+    assert first == path, "the younger one has a later name"
+    read = EventAccumulator(str(younger))
+    read.Reload()
+    assert [event.step for event in read.Scalars("eval/acc")] == [40, 50]

@@ -15,8 +15,9 @@ from wandb_server import Runs, serving
 
 from assayer.errors import TrackerError
 from assayer.points import Curve, Point
+from assayer.publication import publish, publish_apart
 from assayer.trackers import wandb as tracker
-from assayer.tracking import parse, publish, publish_record
+from assayer.tracking import parse
 from assayer.wandb_log import records, rows
 
 # What W&B uses of others that goes away is between them.
@@ -148,7 +149,9 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def put(server: Server) -> Server:
         monkeypatch.setattr(tracker, "_write", server.write)
         monkeypatch.setattr(tracker, "_history", server.history)
-        monkeypatch.setattr(tracker, "_find", lambda place, run: type("Found", (), {"group": server.groups[run]}))
+        monkeypatch.setattr(
+            tracker, "_find", lambda place, run: type("Found", (), {"group": server.groups[run]}) if run in server.groups else None
+        )
         return server
 
     monkeypatch.setattr(tracker, "_end", lambda: None)
@@ -264,7 +267,7 @@ def test_a_server_that_is_away_is_one_line_in_time_and_the_points_come_later(
     target = parse("wandb:project=p,run=shr", run.folder)
     with monkeypatch.context() as patched:
         patched.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
-        assert publish_record(record, [target], timeout=4) == [f"{target} took longer than 4 s; the next publication repairs it"]
+        assert publish_apart([record], target, timeout=4).errors == [f"{target} took longer than 4 s; the next publication repairs it"]
     assert published(str(target), record) == (1, 0)
     assert served.steps("shr") == [10]
 
@@ -284,3 +287,36 @@ def test_another_evaluation_of_the_same_step_is_a_row_of_its_own(run: Run) -> No
     row: Mapping[str, Any] = {"global_step": 10, "_timestamp": 10.25, "eval/acc": 0.1}
     assert tracker._missing([point, replace(point, wall=11.25)], [row]) == [replace(point, wall=11.25)]
     assert json.dumps(row)
+
+
+def test_a_run_that_is_not_there_yet_gets_no_points_and_is_asked_again(run: Run, online: Any) -> None:
+    server, curve = online(Server(takes_shared=True)), a_curve(run)
+    (note,) = send(curve, a_point(10), run="new")
+    assert note == "there is no run new in p yet: the points are in new-eval"
+    assert (server.steps("new"), server.steps("new-eval")) == ([], [10])
+    # Its trainer begins it.
+    server.groups["new"] = "g"
+    assert send(curve, a_point(20), run="new") == []
+    assert server.steps("new") == [20]
+
+
+def test_a_run_that_is_to_be_shared_and_is_not_there_is_an_error(run: Run, online: Any) -> None:
+    server, curve = online(Server(takes_shared=True)), a_curve(run)
+    with pytest.raises(TrackerError, match="there is no run new in p; give the id of one that its trainer has begun"):
+        send(curve, a_point(10), run="new", mode="shared")
+    assert set(server.kept) == {"abc"}
+
+
+def test_rows_are_looked_up_in_as_many_requests_as_there_are_kinds_of_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    class Found:
+        def history(self, samples: int, keys: list[str], pandas: bool) -> list[dict[str, Any]]:
+            asked.append(keys)
+            return []
+
+    monkeypatch.setattr(tracker, "_find", lambda place, run: Found())
+    many = {f"eval/task{n}": 0.5 for n in range(300)}
+    points = [replace(a_point(step), values=many if step % 2 else {"eval/loss": 1.0}) for step in range(100)]
+    tracker._history(None, "abc", points)  # type: ignore[arg-type]
+    assert asked == [["global_step", "_timestamp", name] for name in ("eval/loss", "eval/task0")]
