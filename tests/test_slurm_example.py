@@ -207,10 +207,19 @@ def test_a_submission_whose_answer_was_lost_is_not_made_twice(slurm: Slurm) -> N
     assert slurm.calls("sbatch") == 1
 
 
+def killed(group: int) -> bool:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_a_node_that_failed_costs_no_attempt(slurm: Slurm) -> None:
     evaluation = slurm.evaluation(WAITS)
     until(lambda: slurm.states() == ["RUNNING"])
-    os.killpg(int((slurm.root / "1.job" / "pid").read_text()), signal.SIGKILL)
+    # For a moment its process has a number, and no group of its own yet.
+    until(lambda: killed(int((slurm.root / "1.job" / "pid").read_text())))
     (slurm.root / "1.job" / "state").write_text("NODE_FAIL\n")
     slurm.go()
     assert slurm.end_of(evaluation) == {"accuracy": 0.5}
