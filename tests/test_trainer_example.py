@@ -113,6 +113,7 @@ def test_checkpoints_that_rotation_deleted_are_evaluated_all_the_same(house: Hou
     server, *_ = commands()
     out = house.root / "out"
     words = [*server.removeprefix("python -m assayer.").split(), "--port", "0", "--num_eval_workers", "0"]
+    words = [str(out / "done") if word == "examples/trainer/checkpoints/done" else word for word in words]
     with house.running(*words) as serving:
         assert serving.stdout is not None
         url = re.search(r"http://\S+", serving.stdout.readline())
@@ -129,6 +130,9 @@ def test_checkpoints_that_rotation_deleted_are_evaluated_all_the_same(house: Hou
                 assert training.returncode == 0, told
             finally:
                 training.kill()
+        assert serving.poll() is None
+        (out / "done").touch()
+        assert serving.wait(30) == 0
         house.command("shutdown")
     records = {r["step"]: r for r in (json.loads(path.read_text()) for path in (out / "evals" / "bytes").glob("*.json"))}
     rotated = {step: r["details"]["rotated_away"] for step, r in sorted(records.items())}
