@@ -85,7 +85,8 @@ class AsyncEvaluation:
         self._client = EvalClient(self.config.server_url, token, timeout)
         self._output_dir = Path(os.path.abspath(output_dir))
         self._name, self._style, self._rank, self._patience = name, style, rank, patience or Patience()
-        self._hold, self._hold_min_free = hold, hold_min_free
+        # May be changed until the first call that talks.
+        self.hold, self._hold_min_free = hold, hold_min_free
         self._mailbox = Mailbox()
         self._thread: threading.Thread | None = None
 
@@ -169,7 +170,7 @@ class AsyncEvaluation:
         if before is not None and before is not self:
             before.close(0.0)
         _living[file.path] = self
-        book = Book(self._mailbox, file, Keeping(file.path, self._hold, self._hold_min_free))
+        book = Book(self._mailbox, file, Keeping(file.path, self.hold, self._hold_min_free))
         courier = Courier(self._mailbox, self._client, self.config, book, self._style, self._patience)
         thread = threading.Thread(target=courier.run, name="assayer-client", daemon=True)
         try:

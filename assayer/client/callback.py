@@ -118,7 +118,7 @@ def attach_to_trainer(
     """Adds the callback to a transformers ``Trainer``, and returns it.
 
     It stands first in the trainer's list, so that the last points are written before TensorBoard's and MLflow's own callbacks close their
-    writers.
+    writers. A trainer with ``push_to_hub`` would upload what is kept from rotation: there, nothing is kept.
 
     Args:
         eval_strategy, eval_steps: which checkpoints are evaluated (see ``Schedule``); default: all that are saved.
@@ -128,6 +128,9 @@ def attach_to_trainer(
     from transformers.trainer_utils import has_length
 
     schedule = Schedule(eval_strategy, eval_steps)
+    if trainer.args.push_to_hub and evaluation.hold:
+        logger.warning("push_to_hub uploads all of %s, what is kept there, too: nothing is kept from rotation", trainer.args.output_dir)
+        evaluation.hold = 0
 
     class Evaluation(TrainerCallback):
         """Submits what was saved, logs what came."""

@@ -273,6 +273,20 @@ def test_points_stand_in_lightnings_own_tensorboard_run(tmp_path: Path, server: 
     assert len(found["train_loss"]) == 12
 
 
+def test_nothing_is_kept_where_all_of_the_output_directory_is_uploaded(
+    tmp_path: Path, server: EvaluationServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = transformers_trainer(tmp_path, max_steps=2)
+    trainer.args.push_to_hub = True
+    evaluation = evaluation_of(tmp_path, server)
+    attach_to_trainer(trainer, evaluation, finish_timeout=30)
+    trainer.args.push_to_hub = False
+    assert "push_to_hub uploads all of" in caplog.text
+    trainer.train()
+    (job,) = server.jobs.values()
+    assert job.request.model_args == {"model": str(tmp_path / "checkpoint-2")}
+
+
 def test_a_second_training_with_the_same_callback_is_evaluated_too(tmp_path: Path, server: EvaluationServer) -> None:
     trainer = transformers_trainer(tmp_path, max_steps=2)
     attach_to_trainer(trainer, evaluation_of(tmp_path, server), finish_timeout=30)
