@@ -15,7 +15,7 @@ from assayer.checkpoint import Listing, list_path
 from assayer.files import read_json, write_json
 from assayer.record import hold_folder, hold_key
 
-__all__ = ["Kept", "at", "is_stale", "left_by"]
+__all__ = ["Kept", "at", "is_stale", "left_by", "of_checkpoint"]
 
 _FACTS = "kept.json"
 # What such a folder's name begins with: that of a hold has no more than what follows.
@@ -101,11 +101,19 @@ def at(path: str) -> Kept | None:
 
 def left_by(owner: str, folder: Path) -> list[Kept]:
     """All that is kept in a ``.hold`` folder for this owner."""
+    return [kept for kept in _all_in(folder) if kept.owner == owner]
+
+
+def of_checkpoint(checkpoint: str) -> list[Kept]:
+    """All that is kept of one checkpoint, by its first path."""
+    return [kept for kept in _all_in(hold_folder(Path(checkpoint))) if kept.checkpoint == checkpoint]
+
+
+def _all_in(folder: Path) -> list[Kept]:
     try:
-        found = [_read(one) for one in sorted(folder.iterdir())]
+        return [kept for one in sorted(folder.iterdir()) if (kept := _read(one))]
     except OSError:
         return []
-    return [kept for kept in found if kept is not None and kept.owner == owner]
 
 
 def is_stale(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rq.job import Job
 
-from assayer import formats
+from assayer import formats, kept
 from assayer.checkpoint import Found, needed
 from assayer.errors import UsageError
 from assayer.files import printable
@@ -91,16 +91,16 @@ def explain(path: str, plans: list[Plan], store: PlanStore, connection: Connecti
     except FileNotFoundError:
         found = None
         is_known = any(place_of(plan, path).record.exists() or _sight(plan, path, connection) for plan in looking)
-        if held is None and not is_known:
+        if not is_known and not _told_of(path, held):
             raise UsageError(f"nothing lies at {printable(path)}, nothing is held of it, and no watch has a record of it") from None
         return Explained(
-            path, why="nothing lies there any more", held=_told_of(held), watches=[_gone(p, path, held, connection) for p in looking]
+            path, why="nothing lies there any more", held=_told_of(path, held), watches=[_gone(p, path, held, connection) for p in looking]
         )
     except OSError as error:
         return Explained(path, why=f"it cannot be read: {error.strerror}", watches=[_passing(plan) for plan in looking])
     passed_over = _passed_over(path)
     if found is None or passed_over:
-        return Explained(path, why=passed_over or _why_none(path), held=_told_of(held), watches=[_passing(plan) for plan in looking])
+        return Explained(path, why=passed_over or _why_none(path), held=_told_of(path, held), watches=[_passing(plan) for plan in looking])
     now = time.time()
     quiet = max((plan.quiet_period for plan in looking), default=30.0)
     seen = examine(found, None, now, True, quiet)
@@ -117,7 +117,7 @@ def explain(path: str, plans: list[Plan], store: PlanStore, connection: Connecti
         _moment(seen.since),
         seen.identity or "",
         {"files": len(names), "of": len(found.listing.entries), "bytes": sum(sizes)},
-        _told_of(held),
+        _told_of(path, held),
         [_watched(plan, store, seen, now, connection) for plan in looking],
     )
 
@@ -166,10 +166,12 @@ def _held(path: str, plans: list[Plan]) -> Held | None:
     return None
 
 
-def _told_of(held: Held | None) -> str:
-    if held is None:
-        return ""
-    return f"yes, as {held.path} (identity {held.identity[:8]}, {'read by an evaluation' if hold.is_read(held) else 'waiting'})"
+def _told_of(path: str, held: Held | None) -> str:
+    told = [f"kept by a training, as {one.path}" for one in kept.of_checkpoint(path)]
+    if held is not None:
+        how = "read by an evaluation" if hold.is_read(held) else "waiting"
+        told.insert(0, f"yes, as {held.path} (identity {held.identity[:8]}, {how})")
+    return "; ".join(told)
 
 
 def _watched(plan: Plan, store: PlanStore, seen: Seen, now: float, connection: Connection | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from samples import plan as any_plan
 
 from assayer.errors import UsageError
+from assayer.kept import Kept
 from assayer.plan import Plan, PlanStore
 from assayer.watch.explain import Explained, explain
 
@@ -59,3 +60,12 @@ def test_every_line_can_be_printed_whatever_the_name(tmp_path: Path) -> None:
 def test_a_path_that_never_was_is_an_error_of_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing lies at"):
         told(tmp_path / "none.pt")
+
+
+def test_what_a_training_keeps_is_told_also_when_nothing_else_is_left(tmp_path: Path) -> None:
+    path = save(tmp_path / "run" / "m_step1.pt")
+    one = Kept.of(str(path), "owner", "key")
+    assert one.keep()
+    path.unlink()
+    found = told(path)
+    assert (found.why, found.held) == ("nothing lies there any more", f"kept by a training, as {one.path}")
