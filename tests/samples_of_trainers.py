@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from trainers import Sample
 
-__all__ = ["FOUR", "SINGLE", "TWO", "expected", "sample", "samples"]
+__all__ = ["FOUR", "SINGLE", "TWO", "copied", "expected", "sample", "samples"]
 
 # Of a session, what two ranks, four ranks and one process alone have written.
 TWO, FOUR, SINGLE = "two", "four", "single"
@@ -27,6 +28,17 @@ def sample(factory: pytest.TempPathFactory, group: str, name: str) -> "Sample":
     if name not in found:
         pytest.skip(f"the trainer that writes {name} is not installed")
     return found[name]
+
+
+def copied(one: "Sample", folder: Path) -> Path:
+    """A sample's copy, under its own name in a new folder, with the times of its files."""
+    copy = folder / one.path.name
+    folder.mkdir()
+    if one.path.is_dir():
+        shutil.copytree(one.path, copy, symlinks=True)
+    else:
+        shutil.copy2(one.path, copy)
+    return copy
 
 
 def samples(factory: pytest.TempPathFactory, group: str) -> "dict[str, Sample]":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples_of_trainers import FOUR, SINGLE, TWO, samples
+from samples_of_trainers import FOUR, SINGLE, TWO, copied, samples
 
 from assayer import formats, kept
 from assayer.checkpoint import identity
@@ -30,12 +30,7 @@ def of(path: Path, key: str = "k") -> Kept:
 @pytest.mark.parametrize("group", [TWO, FOUR, SINGLE])
 def test_of_every_layout_what_is_kept_is_the_same_checkpoint(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, group: str) -> None:
     for name, sample in samples(tmp_path_factory, group).items():
-        copy = tmp_path / name / sample.path.name
-        copy.parent.mkdir()
-        if sample.path.is_dir():
-            shutil.copytree(sample.path, copy, symlinks=True)
-        else:
-            shutil.copy2(sample.path, copy)
+        copy = copied(sample, tmp_path / name)
         before = formats.identify_path(str(copy))
         assert before is not None
         one = of(copy)

@@ -1,7 +1,6 @@
 """A second name for what waits: what it holds, what it outlives, and who may take it away."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples_of_trainers import FOUR, SINGLE, TWO, samples
+from samples_of_trainers import FOUR, SINGLE, TWO, copied, samples
 
 from assayer import formats, second_names
 from assayer.checkpoint import Found, identity, list_path
@@ -57,12 +56,7 @@ def test_of_every_layout_the_hold_is_the_same_checkpoint_without_what_only_resum
 ) -> None:
     left_out = 0
     for name, sample in samples(tmp_path_factory, group).items():
-        copy = tmp_path / name / sample.path.name
-        copy.parent.mkdir()
-        if sample.path.is_dir():
-            shutil.copytree(sample.path, copy, symlinks=True)
-        else:
-            shutil.copy2(sample.path, copy)
+        copy = copied(sample, tmp_path / name)
         found = found_at(copy)
         form = formats.of(found.checkpoint)
         held = take(copy)
