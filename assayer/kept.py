@@ -5,17 +5,19 @@ file is opened, no process started, and whether the checkpoint is whole is left 
 of what they are. Whoever has evaluated it takes it away, else the training; what both have left is swept after a month.
 """
 
+import contextlib
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from assayer import formats, second_names
-from assayer.checkpoint import Listing, list_path
+from assayer.checkpoint import Format, Listing, list_path
 from assayer.files import read_json, write_json
 from assayer.record import hold_folder, hold_key
 
-__all__ = ["Kept", "at", "is_stale", "left_by", "of_checkpoint"]
+__all__ = ["Kept", "at", "is_checkpoint", "left_by", "of_checkpoint", "sweep"]
 
 _FACTS = "kept.json"
 # What such a folder's name begins with: that of a hold has no more than what follows.
@@ -48,16 +50,21 @@ class Kept:
 
     @property
     def is_the_same(self) -> bool:
-        """True while what lies at the first path are the files that are kept, perhaps with others beside them, or written over in place."""
+        """True while what lies at the first path are the weights that are kept, perhaps with more beside them, or written over in place."""
         try:
-            return self._is_of(list_path(self.checkpoint, formats.all_folders()))
+            listing = list_path(self.checkpoint, formats.all_folders())
+            name = formats.claiming(listing)
+            return name is not None and self._is_of(listing, formats.all_formats()[name])
         except OSError:
             return False
 
-    def _is_of(self, listing: Listing) -> bool:
-        """True when no file of this listing of the first path is another one under its second name."""
-        before = {entry.name: entry.inode for entry in list_path(self.path, formats.all_folders()).entries}
-        return all(before.get(entry.name, entry.inode) == entry.inode for entry in listing.entries)
+    def _is_of(self, listing: Listing, form: Format) -> bool:
+        """True when no file of weights in this listing of the first path is another one under its second name."""
+        before, weights = self._inodes(), set(form.weights(listing))
+        return all(before.get(entry.name, entry.inode) == entry.inode for entry in listing.entries if entry.name in weights)
+
+    def _inodes(self) -> dict[str, int]:
+        return {entry.name: entry.inode for entry in list_path(self.path, formats.all_folders()).entries}
 
     def keep(self) -> bool:
         """Gives the files second names that are there now, and have none; True when the checkpoint is kept.
@@ -75,8 +82,8 @@ class Kept:
             form = formats.all_formats()[name]
             listing = listing.within(form.FOLDERS)
             if self.is_there:
-                if self._is_of(listing):
-                    second_names.add(listing, form, Path(self.path))
+                if self._is_of(listing, form):
+                    self._add(listing, form)
                 os.utime(self.folder / _FACTS)
                 return True
             with second_names.made_aside(self.folder) as part:
@@ -86,6 +93,14 @@ class Kept:
             return True
         except FileNotFoundError:
             return self.is_there
+
+    def _add(self, listing: Listing, form: Format) -> None:
+        """What has come since, and what was replaced beside the weights, such as a config."""
+        before = self._inodes()
+        for entry in listing.entries:
+            if listing.is_directory and before.get(entry.name, entry.inode) != entry.inode:
+                Path(self.path, entry.name).unlink(missing_ok=True)
+        second_names.add(listing, form, Path(self.path))
 
     def release(self) -> None:
         """Takes the second names away."""
@@ -116,8 +131,25 @@ def _all_in(folder: Path) -> list[Kept]:
         return []
 
 
-def is_stale(folder: Path) -> bool:
-    """True for a folder in which something is kept that nobody has asked for during a month."""
+def is_checkpoint(path: str) -> bool:
+    """True when a format knows what lies at this path, whole or not; by names alone."""
+    try:
+        return formats.claiming(list_path(path, formats.all_folders())) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def sweep(root: Path) -> None:
+    """Removes from a ``.hold`` folder what killed processes left half made or half removed, and what nobody has asked for during a month."""
+    with contextlib.suppress(OSError):
+        for folder in sorted(root.iterdir()):
+            if folder.name.startswith(".") and second_names.is_left(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            elif _is_stale(folder):
+                second_names.remove(folder)
+
+
+def _is_stale(folder: Path) -> bool:
     try:
         return folder.name.startswith(_START) and time.time() - (folder / _FACTS).stat().st_mtime > _STALE
     except OSError:

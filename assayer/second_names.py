@@ -83,7 +83,8 @@ def add(listing: Listing, form: Format, target: Path) -> None:
 def _link(first: Path, second: Path) -> None:
     second.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
-        os.link(first, second, follow_symlinks=False)
+        # A path that is a link itself, such as ``last.ckpt``, may lead elsewhere tomorrow.
+        os.link(os.path.realpath(first) if first.is_symlink() else first, second, follow_symlinks=False)
 
 
 def _add_the_rest(source: Path, target: Path, folders: str) -> None:

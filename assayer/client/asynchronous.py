@@ -53,7 +53,7 @@ class AsyncEvaluation:
         timeout: seconds for one request.
         rank: 0 for the one process that talks, in all others nothing happens; default: torch.distributed's where it is initialized, else
             the environment's ``RANK``, asked at each call.
-        hold: how many checkpoints are kept so at most, the newest; 0: none.
+        hold: how many checkpoints are kept so at most; what was not submitted yet gives way to what is newer; 0: none.
         hold_min_free: the part of their file system that must be free, else no further one is kept.
         patience: see ``courier.Patience``.
     """
@@ -112,7 +112,11 @@ class AsyncEvaluation:
         """
         if not self.is_active:
             return
-        path = os.path.abspath(checkpoint)
+        try:
+            path = os.path.abspath(checkpoint)
+        except FileNotFoundError:
+            # The working directory is gone; no step fails for it.
+            path = os.fspath(checkpoint)
         self._mailbox.order([Order(str(uuid.uuid4()), path, int(step), weights, is_saved) for weights in self.weights])
         self._start()
 

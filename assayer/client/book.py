@@ -82,22 +82,30 @@ class Book:
                 # So much as tells that it is known.
                 self.put(replace(self._jobs[key], state="logged", metrics={}, job_id=None, sent_as="", path=""))
         self.is_dirty |= bool(handed)
-        for order in orders:
-            signature = signature_of(order.checkpoint)
-            twin = self._jobs.get(self._places.get((order.checkpoint, order.step, order.weights), ""))
-            if twin and twin.signature == signature and twin.state != "ended":
-                logger.info("%s (%s) is known already, and not evaluated twice", order.checkpoint, order.weights)
-                self._mailbox.settle(order.key, None)
-                continue
-            if twin:
-                self._drop(twin)
-            self._end_overwritten(order, signature)
-            job = Job(order.key, order.checkpoint, order.step, order.weights, signature, sent_as=order.key)
-            self.put(job)
-            # At once: the next save may delete it.
-            self._keeping.keep(job, self._jobs)
-            if order.is_saved:
-                self.saved.add(job.key)
+        new = [job for order in orders if (job := self._take_in(order))]
+        for job in new:
+            try:
+                # At once: the next save may delete it.
+                self.keep(job)
+            except Exception:
+                logger.exception("%s is not kept from the trainer's rotation", job.checkpoint)
+
+    def _take_in(self, order: Order) -> Job | None:
+        """The job of an order; None where it is known already."""
+        signature = signature_of(order.checkpoint)
+        twin = self._jobs.get(self._places.get((order.checkpoint, order.step, order.weights), ""))
+        if twin and twin.signature == signature and twin.state != "ended":
+            logger.info("%s (%s) is known already, and not evaluated twice", order.checkpoint, order.weights)
+            self._mailbox.settle(order.key, None)
+            return None
+        if twin:
+            self._drop(twin)
+        self._end_overwritten(order, signature)
+        job = Job(order.key, order.checkpoint, order.step, order.weights, signature, sent_as=order.key)
+        self.put(job)
+        if order.is_saved:
+            self.saved.add(job.key)
+        return job
 
     def _end_overwritten(self, order: Order, signature: str) -> None:
         """Ends what waits of an earlier step at the same path, such as ``last.ckpt``: the weights there are a later step's by now."""
@@ -115,8 +123,10 @@ class Book:
         self._at[twin.checkpoint].discard(twin.key)
         self.is_dirty = True
         if twin.job_id is None:
-            # Whoever evaluates it lets go of it at the end, or the next training.
             self._keeping.release(twin.key)
+        else:
+            # Whoever evaluates it lets go of it at the end, or the next training.
+            self._keeping.forget(twin.key)
         if twin.is_out:
             logger.info("%s was saved anew: its earlier evaluation (job %s) is not waited for", twin.checkpoint, twin.job_id)
             self._mailbox.settle(twin.key, None)

@@ -17,9 +17,10 @@ from assayer.client.config import EvalConfig
 from assayer.client.connection import EvalClient
 from assayer.client.mailbox import Mailbox
 from assayer.client.names import named
-from assayer.client.pending import Job
+from assayer.client.pending import Job, signature_of
 from assayer.errors import AssayerError, ServerError
-from assayer.files import open_file
+from assayer.files import open_file, printable
+from assayer.kept import is_checkpoint
 from assayer.protocol import JobStatus
 
 __all__ = ["Courier", "Patience"]
@@ -32,15 +33,16 @@ class Patience:
     """How long things are waited for; seconds, but for counts.
 
     ``first`` and ``most``: before a failed request is made again, doubled each time. ``lock``: for an earlier training to leave the file of
-    pending jobs. ``absent``: for a checkpoint that is submitted before anything lies at its path, as by an asynchronous save.
-    ``forgotten``: how often a job that the server lost is submitted again. ``unreadable``: how often a results file that is not there (a
-    file system that is late) is looked for.
+    pending jobs. ``absent``: for a checkpoint that is submitted before anything lies at its path, as by an asynchronous save; ``quiet``:
+    for one of a format that nobody knows to change no more. ``forgotten``: how often a job that the server lost is submitted again.
+    ``unreadable``: how often a results file that is not there (a file system that is late) is looked for.
     """
 
     first: float = 1.0
     most: float = 60.0
     lock: float = 60.0
     absent: float = 120.0
+    quiet: float = 5.0
     forgotten: int = 3
     unreadable: int = 10
 
@@ -75,6 +77,7 @@ class Courier:
         # under "".
         self._due: dict[str, float] = {}
         self._absent: dict[str, float] = {}
+        self._seen: dict[str, tuple[str, float]] = {}
         self._failures: dict[str, int] = {}
         self._began = time.monotonic()
 
@@ -157,9 +160,16 @@ class Courier:
     def _is_there(self, job: Job) -> bool:
         """True when a checkpoint can be submitted: it is kept, with what has come since the last try, or lies where it was saved; or has
         been waited for long enough, so that the server may say what is wrong."""
-        if self._book.keep(job) or job.path or job.key in self._book.saved or _is_anything(job.checkpoint):
+        if self._book.keep(job) or job.path or job.key in self._book.saved or is_checkpoint(job.checkpoint):
             return True
-        return time.monotonic() - self._absent.setdefault(job.key, time.monotonic()) >= self._patience.absent
+        now = time.monotonic()
+        if now - self._absent.setdefault(job.key, now) >= self._patience.absent:
+            return True
+        # What no format knows is there once nothing of it changes any more.
+        last, since = self._seen.get(job.key, ("", now))
+        signature = signature_of(job.checkpoint) if _is_anything(job.checkpoint) else ""
+        self._seen[job.key] = (signature, since if signature == last else now)
+        return bool(signature) and signature == last and now - since >= self._patience.quiet
 
     def _talk(self, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The answer to a request, which is made in a thread of its own: while it hangs, new orders are remembered all the same.
@@ -198,6 +208,12 @@ class Courier:
         if error.status == 422 and job.state == "new" and "Idempotency-Key was used" in str(error):
             # An earlier training has submitted this under another configuration, and did not learn of it.
             self._book.put(replace(job, sent_as=str(uuid.uuid4())))
+            return
+        is_for_the_name = error.status in (403, 422) and job.state == "new" and printable(job.path) in str(error)
+        if is_for_the_name and job.path != job.checkpoint and _is_anything(job.checkpoint):
+            # The second name may lie where the server does not look; while the first is there, it is asked for that one.
+            logger.info("%s is not taken under its second name: %s", job.checkpoint, error)
+            self._book.put(replace(job, path=job.checkpoint, sent_as=str(uuid.uuid4())))
             return
         if error.status in (400, 413, 422) and job.state == "new":
             logger.error("%s (%s) is not evaluated: %s", job.checkpoint, job.weights, error)

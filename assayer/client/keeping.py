@@ -7,7 +7,7 @@ from pathlib import Path
 from assayer import second_names
 from assayer.client.pending import Job
 from assayer.files import printable
-from assayer.kept import Kept, left_by
+from assayer.kept import Kept, left_by, sweep
 from assayer.record import hold_folder
 
 __all__ = ["Keeping"]
@@ -16,9 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 class Keeping:
-    """Keeps as many of the newest checkpoints as ``count``, while the part ``min_free`` of their file system is free.
+    """Keeps ``count`` checkpoints at most, while the part ``min_free`` of their file system is free.
 
-    ``owner`` is the file of pending evaluations. What was submitted under its second name is kept until it has ended.
+    ``owner`` is the file of pending evaluations. What was submitted under its second name is kept until it has ended; what was not gives
+    way to what is newer.
     """
 
     def __init__(self, owner: Path, count: int, min_free: float) -> None:
@@ -33,6 +34,8 @@ class Keeping:
         """What an earlier training has kept: of jobs that are out it stays, else it is taken away."""
         out = {Kept.of(job.checkpoint, self.owner, job.key).folder: job for job in jobs if job.is_out}
         folders = {Path(self.owner).parent / ".hold"} | {hold_folder(Path(job.checkpoint)) for job in jobs}
+        for folder in folders:
+            sweep(folder)
         for one in (one for folder in folders for one in left_by(self.owner, folder)):
             if one.folder in out:
                 self._kept[out[one.folder].key] = one
@@ -68,17 +71,17 @@ class Keeping:
         if second_names.free_part(str(folder)) < self._min_free:
             self._say(f"less than {self._min_free:.0%} of the file system of {printable(str(folder))} is free")
             return False
-        present = {one.checkpoint for one in self._kept.values()}
-        if job.checkpoint in present or len(present) < self._count:
+        # By step, too: a path may be saved again and again, and each time what is kept of it is another checkpoint.
+        saves = {key: (jobs[key].step, one.checkpoint) for key, one in self._kept.items()}
+        if (job.step, job.checkpoint) in saves.values() or len(set(saves.values())) < self._count:
             return True
         # What was never submitted gives way to what is newer, the oldest first.
-        sent = {one.checkpoint for key, one in self._kept.items() if jobs[key].path}
-        waiting = [(jobs[key].step, one.checkpoint) for key, one in self._kept.items() if one.checkpoint not in sent]
-        step, oldest = min(waiting, default=(job.step, ""))
-        if step >= job.step:
+        sent = {save for key, save in saves.items() if jobs[key].path}
+        oldest = min((save for save in saves.values() if save not in sent), default=None)
+        if oldest is None or oldest[0] >= job.step:
             return False
-        logger.info("%s is not kept from the trainer's rotation any more: newer ones are", printable(oldest))
-        for key in [key for key, one in self._kept.items() if one.checkpoint == oldest]:
+        logger.info("%s of step %d is not kept from the trainer's rotation any more: newer ones are", printable(oldest[1]), oldest[0])
+        for key in [key for key, save in saves.items() if save == oldest]:
             self.release(key)
         return True
 
@@ -102,3 +105,7 @@ class Keeping:
         one = self._kept.pop(key, None)
         if one:
             one.release()
+
+    def forget(self, key: str) -> None:
+        """Leaves what was kept for this job to whoever evaluates it, or to the next training."""
+        self._kept.pop(key, None)

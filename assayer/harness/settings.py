@@ -12,7 +12,7 @@ from typing import Any
 from assayer.errors import EvaluatorError
 from assayer.files import printable
 
-__all__ = ["DEFAULT_TASKS", "Settings", "nearest", "settings_of"]
+__all__ = ["DEFAULT_TASKS", "Settings", "nearest", "pairs_of", "settings_of"]
 
 DEFAULT_TASKS = "hellaswag,arc_easy,arc_challenge,winogrande,piqa,boolq"
 
@@ -127,7 +127,12 @@ def _folder(name: str, value: object) -> str:
     return str(path.absolute())
 
 
-def _pairs(name: str, value: object) -> dict[str, Any]:
+def pairs_of(name: str, value: object) -> dict[str, Any]:
+    """What ``gen_kwargs`` or ``model_args`` mean: pairs of name and value, from ``name=value,...`` or JSON.
+
+    Raises:
+        EvaluatorError: it is neither.
+    """
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = json.loads(value)
@@ -155,7 +160,7 @@ def _plain(text: str) -> Any:
 
 
 def _model_args(name: str, value: object) -> dict[str, Any]:
-    pairs = _pairs(name, value)
+    pairs = pairs_of(name, value)
     for key in _OTHER_WEIGHTS:
         if key in pairs:
             raise EvaluatorError(f"model_args may not have {key!r}: the weights that are evaluated are the checkpoint's")
@@ -172,7 +177,7 @@ _READERS = {
     "predict_only": _flag,
     "model": _text,
     "model_args": _model_args,
-    "gen_kwargs": _pairs,
+    "gen_kwargs": pairs_of,
     "tokenizer": _text,
     "dtype": _text,
     "device": _text,

@@ -59,7 +59,7 @@ class Served(Task):
 
     @property
     def shared(self) -> list[str]:
-        return super().shared if self.identity else []
+        return [*(super().shared if self.identity else []), *([self.kept] if self.kept else [])]
 
     @property
     def description(self) -> str:

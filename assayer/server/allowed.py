@@ -4,14 +4,16 @@ What lm-eval's models take is a list of names that say how a model is run; whoev
 lmms-eval take nobody can list: there, the values tell. An evaluator of one's own gets what it was sent, for its own function to judge.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from assayer.errors import ProtocolError
+from assayer.errors import EvaluatorError, ProtocolError
 from assayer.files import printable, read_json
+from assayer.harness.settings import pairs_of
 from assayer.protocol import EvaluateRequest
 from assayer.server.paths import Roots, is_path, strings_in
 from assayer.worker.answer import PATH_KEYS, paths_in
@@ -34,6 +36,14 @@ enforce_eager gpu_memory_utilization kv_cache_dtype max_gen_toks max_lora_rank m
 mem_fraction_static pipeline_parallel_size quantization seed swap_space tensor_parallel_size tokenizer_mode tp_size truncation_side
 """
 _RUNNING = frozenset([*_OF_HF.split(), *_OF_ENGINES.split()])
+# What generation takes: of transformers, of vLLM's and SGLang's sampling, of lm-eval and lmms-eval themselves.
+_OF_GENERATION = """
+best_of diversity_penalty do_sample early_stopping frequency_penalty ignore_eos image_aspect_ratio length_penalty max_gen_toks
+max_length max_new_tokens max_tokens min_length min_new_tokens min_p min_tokens n no_repeat_ngram_size num_beam_groups num_beams
+num_return_sequences penalty_alpha presence_penalty repetition_penalty seed skip_special_tokens stop temperature top_k top_p
+typical_p until use_cache
+"""
+_GENERATING = frozenset(_OF_GENERATION.split())
 # What transformers takes by these names; others are those of kernels on a hub.
 _ATTENTION = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "flash_attn", "triton", "fa3", "flashinfer"}
 
@@ -76,11 +86,11 @@ def refuse(request: EvaluateRequest, kind: str, roots: Roots, trust_remote_code:
             raise refused(
                 ("model_args", "trust_remote_code"), "trust_remote_code is not allowed by this server (--trust_remote_code)", True
             )
-        if re.search(r"trust_remote_code|custom_generate", request.gen_kwargs or ""):
-            raise refused(("gen_kwargs",), _NO_TRUST, request.gen_kwargs)
     if kind == "own":
         return
     _refuse_tasks(request)
+    if not trust_remote_code:
+        _refuse_generating(request.gen_kwargs, more)
     where = paths_in(request.to_json())
     names = [name for name in given if name not in where and name not in more]
     if kind == "lm_eval":
@@ -97,6 +107,22 @@ def _refuse_tasks(request: EvaluateRequest) -> None:
     for i, task in enumerate(request.tasks):
         if not re.fullmatch(r"\w[^/\\,\x00-\x1f]{,299}", task) or task.endswith((".yaml", ".yml", ".json", ".py")):
             raise refused(("tasks", i), "a task is given by its name", task)
+
+
+def _refuse_generating(gen_kwargs: str | None, more: frozenset[str]) -> None:
+    """Of generation: what is not on the list, in whichever form it is written."""
+    try:
+        pairs = pairs_of("gen_kwargs", gen_kwargs or "")
+    except EvaluatorError as error:
+        raise refused(("gen_kwargs",), str(error).removeprefix("-E "), gen_kwargs) from None
+    for name, value in pairs.items():
+        if name not in more and (name not in _GENERATING or not all(map(_is_plain, value if isinstance(value, list) else [value]))):
+            text = f"{printable(name)[:100]} may not be given like this by a client (but with --model_arg {printable(name)[:100]})"
+            raise refused(("gen_kwargs",), text, gen_kwargs)
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _refuse_unlisted(given: Mapping[str, Any]) -> None:

@@ -261,6 +261,8 @@ async def _over(desk: Desk, until: Until) -> str:
     """Returns when the server's end has come by itself, and why; never where nothing says when."""
     loop = asyncio.get_running_loop()
     quiet = 0
+    # One that an earlier training has left says nothing of this one.
+    left = _made(until.file)
     since = loop.time()
     while True:
         await asyncio.sleep(END_LOOK if until != Until() else FOREVER)
@@ -273,7 +275,16 @@ async def _over(desk: Desk, until: Until) -> str:
         since = loop.time() if busy else since
         if quiet < 2:
             continue
-        if until.file is not None and await asyncio.to_thread(os.path.exists, until.file):
-            return f"{printable(until.file)} exists, and nothing waits"
+        made = await asyncio.to_thread(_made, until.file)
+        if made is not None and made != left:
+            return f"{printable(str(until.file))} exists, and nothing waits"
         if until.idle is not None and loop.time() - since >= until.idle:
             return f"nothing has waited or run for {until.idle:g} s"
+
+
+def _made(path: str | None) -> int | None:
+    """When a file was made, or touched; None where there is none."""
+    try:
+        return None if path is None else os.stat(path).st_mtime_ns
+    except OSError:
+        return None

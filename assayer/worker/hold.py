@@ -8,7 +8,6 @@ the hold away because newer checkpoints need its place.
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from assayer import formats, second_names
 from assayer.checkpoint import Checkpoint, Found, Listing, Position, list_path, needed
 from assayer.files import printable, read_json, write_json
-from assayer.kept import is_stale
+from assayer.kept import sweep
 from assayer.plan import host_name
 from assayer.queues.recover import is_gone
 from assayer.record import hold_folder, hold_key
@@ -123,19 +122,12 @@ def held_in(root: Path) -> list[Held]:
 
     A hold that cannot be read stays: it may be another version's, another user's, or of a watch that knows this folder by another path.
     """
-    found = []
+    sweep(root)
     try:
         folders = sorted(root.iterdir())
     except OSError:
         return []
-    for folder in folders:
-        held = None if folder.name.startswith(".") else _read(folder)
-        if held:
-            found.append(held)
-        elif folder.name.startswith(".") and second_names.is_left(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        elif is_stale(folder):
-            second_names.remove(folder)
+    found = [held for folder in folders if not folder.name.startswith(".") and (held := _read(folder))]
     if not found:
         second_names.tidy(root)
     return found

@@ -282,7 +282,7 @@ def _put_away(job: Job, task: Served) -> None:
     again."""
     remove_progress(place_of(task).progress(task.identity))
     second = kept.at(task.kept) if task.kept is not None else None
-    if second is not None:
+    if second is not None and not is_wanted(job.connection, second.path, done=job.id):
         second.release()
     if task.identity:
         held = hold_of(task)

@@ -25,6 +25,8 @@ class EvaluationServer:
         self.statuses: list[int] = []
         self.lose = 0
         self.refused_keys: set[str] = set()
+        # What no checkpoint's path may hold.
+        self.refuses: str | None = None
         self.hang = threading.Event()
         self.let_go = threading.Event()
         self.port = 0
@@ -121,6 +123,9 @@ class EvaluationServer:
         return (200, answers[target]) if target in answers else (404, {"detail": "Not Found"})
 
     def submit(self, request: EvaluateRequest, key: str | None) -> JobSubmitResponse:
+        path = (request.model_args or {}).get("model", "")
+        if self.refuses is not None and self.refuses in path:
+            raise ProtocolError(f"{path} lies outside of the folders that this server may use (--root)", status=403)
         if key in self.refused_keys:
             raise ProtocolError("this Idempotency-Key was used for another request; give each request its own")
         if key not in self.keys:

@@ -87,7 +87,7 @@ def test_the_newest_are_kept_and_what_was_submitted_stays(
     with caplog.at_level(logging.INFO):
         submit(training, evaluation, 2, 3)
         until(lambda: held(training) == ["checkpoint-1", "checkpoint-3"])
-    assert "checkpoint-2 is not kept from the trainer's rotation any more" in caplog.text
+    assert "checkpoint-2 of step 2 is not kept from the trainer's rotation any more" in caplog.text
     server.let_go.clear()
     server.up()
     until(lambda: len(server.jobs) == 3)
@@ -208,3 +208,102 @@ def test_what_is_no_path_at_all_harms_no_other(training: Training, server: Evalu
     evaluation.submit("a\0b", 1)
     evaluation.submit(training.save(2), 2)
     assert 2 in [point.step for point in evaluation.finish(30)]
+
+
+def test_a_checkpoint_that_was_saved_anew_costs_no_later_order(training: Training, server: EvaluationServer) -> None:
+    evaluation = training.start(hold=1, weights=("regular", "ema"))
+    submit(training, evaluation, 1)
+    until(lambda: len(server.jobs) == 2)
+    evaluation.submit(training.save(1, "saved anew"), 1)
+    evaluation.submit(training.save(2), 2)
+    until(lambda: len(server.jobs) == 6)
+    server.end(JobStatus.COMPLETED, GOOD)
+    assert [(point.step, point.weights) for point in evaluation.finish(30)] == [(s, w) for s in (1, 2) for w in ("ema", "regular")]
+
+
+def test_one_path_that_is_replaced_at_each_step_is_bounded_like_any(training: Training, server: EvaluationServer) -> None:
+    server.down()
+    evaluation = training.start(hold=2)
+    for step in range(1, 7):
+        shutil.rmtree(training.run / "checkpoint-0", ignore_errors=True)
+        evaluation.submit(training.save(0, f"of step {step}"), step)
+        until(lambda step=step: len(training.states()) == step)  # type: ignore[misc]
+    until(lambda: len(held(training)) == 2)
+
+
+def test_a_training_that_begins_sweeps_what_killed_ones_have_left(training: Training, server: EvaluationServer) -> None:
+    root = training.run / "evals" / ".hold"
+    old = kept.Kept.of(str(training.save(7)), "somebody else's file", "key")
+    assert old.keep()
+    for name in (".clientabc-1234", ".gone-clientabc-1234"):
+        (root / name).mkdir()
+    month = time.time() - 40 * 86400
+    for path in (old.folder / "kept.json", root / ".clientabc-1234"):
+        os.utime(path, (month, month))
+    server.at_once = GOOD
+    evaluation = training.start()
+    submit(training, evaluation, 1)
+    assert len(evaluation.finish(30)) == 1
+    until(lambda: not root.exists())
+
+
+def test_a_path_that_is_a_link_is_kept_by_what_it_leads_to(training: Training, server: EvaluationServer) -> None:
+    server.down()
+    evaluation = training.start()
+    path = training.run / "epoch=3-step=5.ckpt"
+    path.write_text("of step 5")
+    (training.run / "last.ckpt").symlink_to(path.name)
+    evaluation.submit(training.run / "last.ckpt", 5)
+    until(lambda: list((training.run / "evals" / ".hold").glob("client*/last.ckpt")))
+    path.unlink()
+    server.up()
+    until(lambda: server.jobs)
+    assert paths(server)[0].read_text() == "of step 5"
+
+
+def test_a_server_that_may_not_look_there_is_asked_for_the_first_name(training: Training, server: EvaluationServer) -> None:
+    server.at_once, server.refuses = GOOD, "/.hold/"
+    evaluation = training.start()
+    submit(training, evaluation, 1)
+    assert len(evaluation.finish(30)) == 1
+    assert paths(server) == [training.run / "checkpoint-1"]
+
+
+def test_what_is_replaced_beside_the_weights_while_it_is_written_is_replaced_here_too(training: Training, server: EvaluationServer) -> None:
+    server.statuses = [503] * 10**6
+    evaluation = training.start()
+    path = training.save(1)
+    (path / "config.json").write_text("early")
+    evaluation.submit(path, 1)
+    until(lambda: held(training))
+    (path / "config.json.tmp").write_text("late")
+    (path / "config.json.tmp").rename(path / "config.json")
+    (path / "tokenizer.json").write_text("later")
+    (second,) = (training.run / "evals" / ".hold").glob("client*/checkpoint-1")
+    until((second / "tokenizer.json").exists)
+    assert (second / "config.json").read_text() == "late"
+
+
+def test_what_no_format_knows_is_submitted_once_nothing_of_it_changes(training: Training, server: EvaluationServer) -> None:
+    server.at_once = GOOD
+    evaluation = training.start(patience=Patience(first=0.01, most=0.05, absent=60.0, quiet=0.3))
+    path = training.run / "own_format"
+    path.mkdir()
+    (path / "part0").touch()
+    evaluation.submit(path, 1)
+    for number in range(1, 6):
+        time.sleep(0.1)
+        (path / f"part{number}").touch()
+    assert not server.jobs
+    assert len(evaluation.finish(30)) == 1
+
+
+def test_a_working_directory_that_is_gone_ends_no_step(
+    training: Training, server: EvaluationServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = training.start()
+    (training.run / "gone").mkdir()
+    monkeypatch.chdir(training.run / "gone")
+    (training.run / "gone").rmdir()
+    evaluation.submit("checkpoint-1", 1)
+    assert evaluation.poll() == []

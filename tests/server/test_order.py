@@ -133,6 +133,25 @@ def test_of_lm_evals_models_a_client_may_give_what_is_on_a_list(tmp_path: Path, 
     assert made.served.evaluator.arguments["model_args"] == {"max_length": 64, name: value}, "its owner allows more"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"custom_g\\u0065nerate": "/tmp/evil", "trust_remote_cod\\u0065": true}',
+        '{"temperature": {"a": 1}}',
+        '{"temperature": NaN}',
+        "assistant_model=someone/model",
+        "custom_generate=someone/model",
+        "no pairs",
+    ],
+)
+@pytest.mark.parametrize("model", ["hf", "qwen_vl"])
+def test_of_generation_a_client_may_give_what_is_on_a_list(tmp_path: Path, hf: Path, model: str, text: str) -> None:
+    chosen, given = LMMS if model == "qwen_vl" else lm(), {"pretrained": str(hf)}
+    assert refusal(rules(tmp_path), chosen, model_args=given, gen_kwargs=text) == (422, ("body", "gen_kwargs"))
+    for fine in ("temperature=0.5,do_sample=True,max_gen_toks=64", '{"until": ["a", "b"], "top_p": 0.9}'):
+        assert ask(rules(tmp_path), chosen, model_args=given, gen_kwargs=fine).served.kind != "own"
+
+
 def test_words_for_a_chat_template_and_an_attention_are_on_the_list(tmp_path: Path, hf: Path) -> None:
     given = {"attn_implementation": "sdpa", "chat_template_args": {"enable_thinking": False}, "think_end_token": "</think>"}
     assert ask(rules(tmp_path), lm(), model_args={"pretrained": str(hf), **given}).served.evaluator.arguments["model_args"] == given

@@ -271,9 +271,11 @@ def test_one_that_vanishes_unheld_says_why_it_was_not_held(house: House) -> None
 
 def test_until_file_a_server_evaluates_what_is_left_and_frees_the_workers(house: House) -> None:
     gate, done = house.root / "gate", house.root / "done"
+    done.touch()  # An earlier training's.
     with served(house, "--until_file", done, workers=1) as server:
         running = server.submit("slow", [str(gate)])
         waiting = server.submit("mine", ["a"])
+        time.sleep(4)
         server.until_running(running)
         done.touch()
         time.sleep(3)
