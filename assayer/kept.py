@@ -140,7 +140,7 @@ def is_checkpoint(path: str) -> bool:
 
 
 def sweep(root: Path) -> None:
-    """Removes from a ``.hold`` folder what killed processes left half made or half removed, and what nobody has asked for during a month."""
+    """Removes from a ``.hold`` folder what killed processes left half made or half removed, and what nobody asked for during a month."""
     with contextlib.suppress(OSError):
         for folder in sorted(root.iterdir()):
             if folder.name.startswith(".") and second_names.is_left(folder):
