@@ -55,8 +55,6 @@ _CODE = re.compile(
 # A dotted name, a path, a name on a hub, a structure: what could be imported, or hold what could.
 _LEADS_AWAY = re.compile(r"[/\\{}\[\]()~$%]|^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
 
-_NO_TRUST = "trust_remote_code is not allowed by this server (--trust_remote_code)"
-
 
 def refused(loc: tuple[str | int, ...], text: str, value: object = None) -> ProtocolError:
     """A refusal of what stands at this place of the body, in pydantic's form."""
@@ -81,11 +79,8 @@ def refuse(request: EvaluateRequest, kind: str, roots: Roots, trust_remote_code:
     for text in strings_in(given):
         if is_path(text):
             roots.resolve(text)
-    if not trust_remote_code:
-        if any(key == "trust_remote_code" and not is_false(value) for key, value in _pairs(given)):
-            raise refused(
-                ("model_args", "trust_remote_code"), "trust_remote_code is not allowed by this server (--trust_remote_code)", True
-            )
+    if not trust_remote_code and any(key == "trust_remote_code" and not is_false(value) for key, value in _pairs(given)):
+        raise refused(("model_args", "trust_remote_code"), "this server does not allow it (but with --trust_remote_code)", True)
     if kind == "own":
         return
     _refuse_tasks(request)
@@ -157,6 +152,8 @@ def _refuse_leading(given: Mapping[str, Any], all_given: Mapping[str, Any], wher
         if name != "trust_remote_code" and (_CODE.fullmatch(name) or _LEADS_AWAY.search(str(value))):
             raise refused(("model_args", name), f"{name} may not be given like this by a client (but with --model_arg {name})", None)
     for name in where:
+        if _CODE.fullmatch(name):
+            raise refused(("model_args", name), f"{name} is no name for a checkpoint's path", None)
         if isinstance(all_given[name], str) and not is_path(all_given[name]):
             text = "models of lmms-eval run code that lies beside weights on a hub: give a path (but with --trust_remote_code)"
             raise refused(("model_args", name), text, all_given[name])
