@@ -197,6 +197,8 @@ def _close_all() -> None:
 
 
 atexit.register(_close_all)
+# What is in the hands of the parent's thread is not the child's to close; that thread may have held a lock when it was copied.
+os.register_at_fork(after_in_child=_living.clear)
 
 
 def is_first_rank() -> bool:

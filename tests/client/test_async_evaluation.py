@@ -562,6 +562,28 @@ time.sleep(120)
 """
 
 
+FORKED = """
+import os, sys
+from assayer.client import AsyncEvaluation
+
+run, url = sys.argv[1:]
+evaluation = AsyncEvaluation({"server_url": url, "model": "m", "tasks": ["t"], "poll_interval": 0.02}, run)
+evaluation.submit(run + "/checkpoint-1", 1)
+evaluation._mailbox._changed.acquire()
+child = os.fork()
+if child == 0:
+    sys.exit(5)
+evaluation._mailbox._changed.release()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_child_that_was_forked_ends_without_what_is_its_parents(training: Training, server: EvaluationServer) -> None:
+    training.save(1)
+    words = [sys.executable, "-W", "ignore", "-c", FORKED, str(training.run), server.url]
+    assert subprocess.run(words, capture_output=True, text=True, timeout=60).stdout == "5\n"
+
+
 ENDING = """
 import sys
 from assayer.client import AsyncEvaluation
