@@ -99,7 +99,7 @@ for step in range(200):
     evaluation.poll()
     evaluation.out()
     watching = False
-print(sorted(set(events) - {"_thread.start_new_thread", "_thread.start_joinable_thread"}))
+print(sorted(set(events) - {"_thread.start_new_thread", "_thread.start_joinable_thread"}), flush=True)
 os._exit(0)
 """
 
