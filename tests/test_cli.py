@@ -14,6 +14,8 @@ from conftest import House
 import assayer
 from assayer.__main__ import COMMANDS
 
+pytestmark = pytest.mark.usefixtures("without_torch")
+
 
 def flags(text: str) -> set[str]:
     return set(re.findall(r"--[a-z][a-z_]+", text))

@@ -7,7 +7,10 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
 from conftest import House, until
+
+pytestmark = pytest.mark.usefixtures("without_torch")
 
 
 def free_port() -> int:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, House, until
 
+pytestmark = pytest.mark.usefixtures("without_torch")
+
 # Slow unless a file says otherwise; slow, and telling that it has begun.
 UNLESS_FAST = """
 import os, time

@@ -3,17 +3,21 @@
 import json
 from pathlib import Path
 
+import pytest
 from conftest import House, until
+
+pytestmark = pytest.mark.usefixtures("without_torch")
 
 # Waits for a word, and returns what it reads then.
 GATED = """
-import os, time, torch
+import os, time
+from evaluator import mean
 
 def gated(path, original_path):
     open(original_path + '.begun', 'a').write('x')
     while not os.path.exists(os.path.join(os.path.dirname(original_path), 'go')):
         time.sleep(0.05)
-    return {'mean': torch.load(path, weights_only=True)['w'].mean().item()}
+    return mean(path)
 """
 
 

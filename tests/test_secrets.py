@@ -24,6 +24,8 @@ from assayer.queues import Connection
 from assayer.queues.connect import connect, target, without_password
 from assayer.queues.embedded import find_binary
 
+pytestmark = pytest.mark.usefixtures("without_torch")
+
 # A user and a password with everything that has a meaning in a URL; no other text of a test holds either.
 USER = "alice:w@nda"
 PASSWORD = "s3cr:t/p@ss?w#rd%40[x] ü"

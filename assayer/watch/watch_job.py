@@ -160,7 +160,10 @@ def _queue(
     if plan.latest_only:
         latest = (board.newest_key(), plan.id)
         board.connection.hset(*latest, newest.id)
-    tasks = [(d, task_of(plan, d, latest)) for d in due]
+    tasks = [(d, task_of(plan, d, latest)) for d in sorted(due, key=lambda d: d.seen.checkpoint.order, reverse=plan.order == "newest")]
+    begun = {task.id for _, task in tasks if _was_begun(task)}
+    # A worker that has nothing to do takes the first that is pushed, before the others have come and all are arranged.
+    tasks.sort(key=lambda pair: pair[1].id not in begun)
     in_flight = statuses(board.connection, [task.id for _, task in tasks])
     queue = open_queue(board.connection, plan.eval_queue)
     queued = 0
@@ -177,7 +180,7 @@ def _queue(
         hindrance = _hindrance(board.connection, task.id, status, look, plan)
         if hindrance is not None:
             sight |= {"state": "failing", "reason": hindrance} if hindrance else {}
-        elif enqueue(queue, task, {**guards, board.plan_key(plan.id): None}, plan.order == "newest", begun=_was_begun(task)):
+        elif enqueue(queue, task, {**guards, board.plan_key(plan.id): None}, plan.order == "newest", begun=task.id in begun):
             queued += 1
             logger.info("-> %s %s queued", printable(decision.seen.checkpoint.name), plan.label)
     if queued:

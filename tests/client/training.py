@@ -56,7 +56,7 @@ def trainings(run: Path, server: EvaluationServer) -> Iterator[Training]:
 
 
 def come(evaluation: AsyncEvaluation, count: int = 1) -> list[Point]:
-    """So many points, polled for."""
+    """So many points, polled for, by step: in what order they come is the server's affair."""
     points: list[Point] = []
 
     def enough() -> bool:
@@ -64,4 +64,4 @@ def come(evaluation: AsyncEvaluation, count: int = 1) -> list[Point]:
         return len(points) >= count
 
     until(enough)
-    return points
+    return sorted(points, key=lambda point: point.step)

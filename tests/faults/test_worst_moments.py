@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from conftest import House, until
 from injuries import Scene
 from rq.scheduler import RQScheduler
@@ -13,6 +14,8 @@ from rq.scheduler import RQScheduler
 from assayer.queues import Connection
 from assayer.queues.enqueue import open_queue
 from assayer.queues.recover import free_scheduler_lock
+
+pytestmark = pytest.mark.usefixtures("without_torch")
 
 
 def test_a_queue_that_is_lost_under_a_running_evaluation_makes_no_second_record(house: House) -> None:
@@ -46,12 +49,13 @@ def patient(path):
 
 def test_what_was_held_is_evaluated_although_it_was_deleted_and_redis_lost_all_that_waited(house: House) -> None:
     source = f"""
-import os, time, torch
+import os, time
+from evaluator import mean
 
 def gated(path):
     while not os.path.exists({str(house.root / "go")!r}):
         time.sleep(0.05)
-    return {{"mean": torch.load(path, weights_only=True)["w"].mean().item()}}
+    return mean(path)
 """
     house.watch(evaluator=f"{house.file('gated.py', source)}:gated")
     paths = [house.save(f"model_step{step}.pt", step) for step in (1, 2)]

@@ -14,6 +14,8 @@ from conftest import House, until
 from assayer.client import AsyncEvaluation
 from assayer.client.courier import Patience
 
+pytestmark = pytest.mark.usefixtures("without_torch")
+
 
 def test_jobs_outlive_the_server_and_its_worker(house: House) -> None:
     """One runs on while no server stands; its worker is killed; what waited is evaluated under the next server."""
@@ -195,6 +197,7 @@ def test_an_installed_lmms_eval_is_run_for_its_models(house: House) -> None:
 
 def test_what_a_training_keeps_while_no_server_stands_is_evaluated_by_the_next_one(house: House, tmp_path: Path) -> None:
     """Sharded and single checkpoints, submitted to nobody and rotated away; records lie where those of their first names would."""
+    del house.environment["PYTHONPATH"]  # A merge has its weights checked, with torch.
     single = house.save("run/model_step5.pt")
     sharded = save_ranks(house.runs / "run" / "checkpoint-10")
     with served(house, workers=1) as server:
@@ -220,6 +223,7 @@ def test_what_a_training_keeps_while_no_server_stands_is_evaluated_by_the_next_o
 
 
 def test_a_merge_that_a_client_keeps_is_its_jobs_own_after_a_lost_worker(house: House) -> None:
+    del house.environment["PYTHONPATH"]
     sharded = save_ranks(house.runs / "run" / "checkpoint-10")
     gate, kept = str(house.root / "gate"), house.root / "kept"
     with served(house, workers=1) as server:

@@ -24,6 +24,8 @@ from assayer.watch.look import Look
 from assayer.watch.publishing import Publisher
 from assayer.watch.sights import SETTLED_MAX, Sights
 
+pytestmark = pytest.mark.usefixtures("without_torch")
+
 # Notes every point on a line of its own; stops for as long as the file ``stop`` lies beside it.
 TRACKER = """
 import json, os, time

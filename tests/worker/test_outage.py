@@ -14,6 +14,8 @@ from assayer.files import locked
 from assayer.queues import Connection
 from assayer.queues.recover import Judge
 
+pytestmark = pytest.mark.usefixtures("without_torch")
+
 EVALUATOR = """
 import os, time
 

@@ -20,6 +20,8 @@ from assayer.queues.chain import TICK
 from assayer.queues.enqueue import EVALUATE, open_queue
 from assayer.queues.served import SERVE
 
+pytestmark = pytest.mark.usefixtures("without_torch")
+
 
 class Trap:
     """A module that leaves a mark when it is imported, a function that leaves one when it is called, a pickle that does when it is read."""

@@ -18,6 +18,8 @@ from conftest import House, until
 from assayer.worker import child
 from assayer.worker.command import REQUEUE_SIGNALS
 
+pytestmark = pytest.mark.usefixtures("without_torch")
+
 # Slow until the file ``fast`` lies beside it; each call leaves a mark. With ``kind`` it takes a SIGTERM as that says.
 EVALUATOR = """
 import json, os, signal, subprocess, sys, time

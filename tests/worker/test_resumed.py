@@ -4,11 +4,14 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from conftest import House, until
 
 from assayer.queues.enqueue import open_queue
 from assayer.queues.recover import is_gone
 from assayer.worker.child import descendants
+
+pytestmark = pytest.mark.usefixtures("without_torch")
 
 # Sums 1 to 40; each item leaves a mark. At an item it stops while the file ``stop<item>`` lies beside it, and fails by ``fail<item>``.
 EVALUATOR = """
