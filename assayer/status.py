@@ -76,7 +76,14 @@ def main(
                     shown = Group(Text(f"{chosen.name} does not answer ({error}); waiting"))
                 screen.update(shown, refresh=True)
                 time.sleep(STEP)
-    told = gather(connection, state, chosen, queues)
+    try:
+        told = gather(connection, state, chosen, queues)
+    except redis.RedisError:
+        if not chosen.embedded or Server(state).is_running():
+            raise
+        # It ended under this look, as it does behind the last worker.
+        connection = None
+        told = gather(connection, state, chosen, queues)
     if connection is not None and chosen.embedded and not was_running:
         # It was started for this look alone.
         crew = Crew(state, chosen)

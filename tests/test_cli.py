@@ -1,6 +1,7 @@
 """All commands, walked through: help, spelling, and one line for every mistake."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import House
+from conftest import REPOSITORY, House
 
 import assayer
 from assayer.__main__ import COMMANDS
@@ -184,3 +185,30 @@ def test_status_tells_all_and_ends_with_1_when_something_failed(house: House) ->
     assert done.returncode == 1
     assert "RuntimeError: no" in done.stdout
     assert "1 failed" in done.stdout
+
+
+ENDS_MEANWHILE = """
+import sys
+from assayer import cli, status
+from assayer.plan import state_directory
+from assayer.queues.embedded import Server
+
+server = Server(state_directory())
+server.start()
+gather = status.gather
+
+def late(connection, *others):
+    server.stop(False)
+    return gather(connection, *others)
+
+status.gather = late
+sys.argv = ["status", "--json"]
+cli.run(status.main, "status")
+"""
+
+
+def test_a_status_while_the_redis_ends_says_that_it_does_not_run(house: House) -> None:
+    """As behind the last worker of a server that has ended."""
+    words = [sys.executable, "-c", ENDS_MEANWHILE]
+    done = subprocess.run(words, env=house.environment, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=90)
+    assert json.loads(done.stdout)["running"] is False

@@ -49,7 +49,7 @@ class AsyncEvaluation:
         token: the server's; default: the environment's ``ASSAYER_TOKEN``.
         weights: which weights of each checkpoint: ``("regular",)``, or ``("regular", "ema")``, logged as ``eval/...`` and ``eval_ema/...``.
         style: ``slash`` (``eval/<task>/<metric>``), or ``lmms_engine`` (``eval/<task>_<metric>``).
-        name: another one for a second evaluation of the same run.
+        name: another one for a second evaluation of the same run, which asks for something else.
         timeout: seconds for one request.
         rank: 0 for the one process that talks, in all others nothing happens; default: torch.distributed's where it is initialized, else
             the environment's ``RANK``, asked at each call.
@@ -89,6 +89,8 @@ class AsyncEvaluation:
         self.hold, self._hold_min_free = hold, hold_min_free
         self._mailbox = Mailbox()
         self._thread: threading.Thread | None = None
+        # Everything that was ordered has ended, and was handed out.
+        self._is_over = False
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the thread and what is in its hands: a copy, in another process or in this one, has its own."""
@@ -117,6 +119,7 @@ class AsyncEvaluation:
         except FileNotFoundError:
             # The working directory is gone; no step fails for it.
             path = os.fspath(checkpoint)
+        self._is_over = False
         self._mailbox.order([Order(str(uuid.uuid4()), path, int(step), weights, is_saved) for weights in self.weights])
         self._start()
 
@@ -144,6 +147,7 @@ class AsyncEvaluation:
         points = self._mailbox.take_points()
         self._mailbox.wait_written(end)
         out = self.out()
+        self._is_over = is_idle and not out
         if out:
             shown = "; ".join(out[:10]) + ("; ..." if len(out) > 10 else "")
             logger.warning("%d evaluations are still out after %g s: %s", len(out), timeout, shown)
@@ -161,6 +165,28 @@ class AsyncEvaluation:
             mailbox.close()
             thread.join(timeout)
 
+    @property
+    def _asks_for(self) -> tuple[object, ...]:
+        return self.config, self.weights, self._style
+
+    def _own_file(self) -> PendingFile:
+        """The file of this evaluation's name, or one beside it, where another one of this process, which asks for something else, has that:
+        in a training that begins them in the same order, each finds its own again."""
+        name, number = self._name, 2
+        file = self._file()
+        while (before := _living.get(file.path)) is not None and before is not self:
+            if before._asks_for == self._asks_for or before._is_over:
+                # One that this process had before, and that nobody closed, such as after an exception in a notebook.
+                before.close(0.0)
+                continue
+            # Jobs of one are not to be sent with what the other asks for, nor taken for its own.
+            self._name, number = f"{name}-{number}", number + 1
+            file = self._file()
+        if number > 2:
+            text = "two evaluations of %s are called %r: this one, of %s, is called %r from now on; give it a name of its own (name=...)"
+            logger.warning(text, self._output_dir, name, ", ".join(self.config.tasks or ()), self._name)
+        return file
+
     def _file(self) -> PendingFile:
         return PendingFile(self._output_dir, self._name)
 
@@ -168,11 +194,7 @@ class AsyncEvaluation:
         """Starts the thread, in the process that calls: one that was forked has none."""
         if self._thread is not None and self._thread.is_alive():
             return
-        file = self._file()
-        # One that this process had before, and that nobody closed, such as after an exception in a notebook.
-        before = _living.get(file.path)
-        if before is not None and before is not self:
-            before.close(0.0)
+        file = self._own_file()
         _living[file.path] = self
         book = Book(self._mailbox, file, Keeping(file.path, self.hold, self._hold_min_free))
         courier = Courier(self._mailbox, self._client, self.config, book, self._style, self._patience)

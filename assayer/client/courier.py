@@ -163,7 +163,9 @@ class Courier:
         if self._book.keep(job) or job.path or job.key in self._book.saved or is_checkpoint(job.checkpoint):
             return True
         now = time.monotonic()
-        if now - self._absent.setdefault(job.key, now) >= self._patience.absent:
+        # What was there when it was ordered was deleted, and is not waited for as one that is still to be written.
+        patience = self._patience.quiet if job.signature and not os.path.lexists(job.checkpoint) else self._patience.absent
+        if now - self._absent.setdefault(job.key, now) >= min(patience, self._patience.absent):
             return True
         # What no format knows is there once nothing of it changes any more.
         last, since = self._seen.get(job.key, ("", now))

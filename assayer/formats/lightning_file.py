@@ -30,7 +30,7 @@ def claims(listing: Listing) -> bool:
 
 def position(listing: Listing) -> Position:
     """From the name; where that tells nothing (``last.ckpt``), from ``global_step`` and ``epoch`` inside."""
-    named = single_file.position(listing)
+    named = single_file.position_of_name(listing)
     return position_inside(listing, listing.name) if named.number is None else named
 
 

@@ -33,6 +33,7 @@ _NEVER = re.compile(
 )
 _STEP = re.compile(r"(?:^|[^a-z])(?:global[_-]?step|step|steps|iteration|iter|it|checkpoint|ba)[=_-]?(\d{1,18})", re.IGNORECASE)
 _EPOCH = re.compile(r"(?:^|[^a-z])(?:epoch|ep)[=_-]?(\d{1,18})", re.IGNORECASE)
+_FOLDER = re.compile(r"(?:global[_-]?step|step|iteration|iter|checkpoint|epoch)[=_-]?\d{1,18}", re.IGNORECASE)
 _LAST_NUMBER = re.compile(r"(?:^|[_.=-])(\d{1,18})$")
 
 
@@ -53,6 +54,14 @@ def unmarked(listing: Listing) -> str | None:
 
 
 def position(listing: Listing) -> Position:
+    """From the file's own name; where that tells nothing (``model.pt``), from that of a folder called after its one checkpoint."""
+    named = position_of_name(listing)
+    folder = os.path.basename(os.path.dirname(listing.path))
+    return position_in(folder) if named.number is None and _FOLDER.fullmatch(folder) else named
+
+
+def position_of_name(listing: Listing) -> Position:
+    """From the file's own name alone."""
     return position_in(listing.name.removesuffix(os.path.splitext(listing.name)[1]))
 
 

@@ -80,10 +80,11 @@ class Merger:
         if request.output_path is None:
             return self._roots.resolve(str(default_output(found, request.checkpoint_type)))
         target = self._roots.resolve(request.output_path)
+        # First: what an earlier merge has left there is a checkpoint, too.
+        if os.path.lexists(target):
+            raise ProtocolError(f"{printable(target)} is there already; remove it, or give another output_path", status=400)
         if formats.is_inside_checkpoint(target, found.checkpoint.path):
             raise ProtocolError(f"{printable(target)} lies inside a checkpoint, where nothing is ever written", status=400)
-        if request.output_path is not None and os.path.lexists(target):
-            raise ProtocolError(f"{printable(target)} is there already; remove it, or give another output_path", status=400)
         return target
 
 

@@ -151,7 +151,11 @@ def _whole(found: Found, weights: str) -> tuple[Found, str]:
             if weights not in form.variants(listing):
                 raise refused(("lmms_engine_kwargs", "checkpoint_type"), f"{path} holds no {weights} weights", weights)
             told = identity(listing, form.weights(listing))
-            return Found(replace(found.checkpoint, position=form.position(listing)), listing), told
+            at = form.position(listing)
+            if at.number is None:
+                # Under a second name, the folder's name that would tell it is another one.
+                at = form.position(replace(listing, path=found.checkpoint.path))
+            return Found(replace(found.checkpoint, position=at), listing), told
     except (CheckpointError, OSError) as error:
         reason = str(error)
     if not os.path.lexists(found.checkpoint.path):

@@ -524,6 +524,46 @@ def test_a_second_evaluation_in_one_process_takes_over_from_one_that_nobody_clos
     assert [point.step for point in second.finish(30)] == [1, 2]
 
 
+def test_two_evaluations_of_one_run_lose_nothing_to_each_other(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody gave them names: each has its own jobs all the same, also after a restart."""
+
+    def begin() -> list[AsyncEvaluation]:
+        configs = [{"server_url": server.url, "model": "m", "tasks": [task], "poll_interval": 0.02} for task in ("a", "b")]
+        training.evaluations += [AsyncEvaluation(config, training.run, patience=QUICK) for config in configs]
+        return training.evaluations[-2:]
+
+    both = begin()
+    for step in (1, 2):
+        path = training.save(step)
+        for evaluation in both:
+            evaluation.submit(path, step)
+            assert evaluation.poll() == []
+    until(lambda: len(server.jobs) == 4)
+    assert sorted(job.request.tasks for job in server.jobs.values()) == [("a",), ("a",), ("b",), ("b",)]
+    assert caplog.text.count("give it a name of its own") == 1
+    for evaluation in both:
+        evaluation.close(30)
+    server.end(JobStatus.COMPLETED, GOOD)
+    again = begin()
+    for evaluation in again:
+        evaluation.poll()
+    assert [[point.step for point in evaluation.finish(30)] for evaluation in again] == [[1, 2], [1, 2]]
+    assert len(server.jobs) == 4
+
+
+def test_one_that_is_over_gives_its_file_to_one_that_asks_for_something_else(training: Training, server: EvaluationServer) -> None:
+    server.at_once = GOOD
+    first = training.start()
+    first.submit(training.save(1), 1)
+    assert [point.step for point in first.finish(30)] == [1]
+    second = training.start(style="lmms_engine")
+    second.submit(training.save(2), 2)
+    assert [point.step for point in second.finish(30)] == [2]
+    assert training.states() == ["logged", "logged"]
+
+
 def test_a_child_of_a_fork_keeps_no_file_locked(training: Training, server: EvaluationServer) -> None:
     """Workers of a DataLoader outlive the training's evaluation, and one that was killed."""
     server.at_once = GOOD

@@ -187,6 +187,23 @@ def test_what_never_comes_is_submitted_in_the_end(training: Training, server: Ev
     assert server.count("POST", "/evaluate") == 1
 
 
+def test_what_was_deleted_before_it_could_be_submitted_is_not_waited_for_as_if_it_were_still_to_come(
+    training: Training, server: EvaluationServer
+) -> None:
+    """The end of a training would stand still for two minutes."""
+    server.hang.set()
+    evaluation = training.start(hold=0, patience=Patience(first=0.01, most=0.05, absent=60.0, quiet=0.1))
+    for step in (1, 2):
+        evaluation.submit(training.save(step), step)
+    until(lambda: training.states() == ["new", "new"])
+    shutil.rmtree(training.run / "checkpoint-2")
+    server.at_once = GOOD
+    server.hang.clear()
+    server.let_go.set()
+    # This server takes anything; ours says of the second that it cannot be read.
+    assert [point.step for point in evaluation.finish(30)] == [1, 2]
+
+
 def test_where_hard_links_are_refused_the_checkpoint_itself_is_submitted_and_that_is_said_once(
     training: Training, server: EvaluationServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

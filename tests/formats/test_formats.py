@@ -234,6 +234,27 @@ def test_a_name_tells_the_position(stem: str, position: Position) -> None:
     assert position_in(stem) == position
 
 
+@pytest.mark.parametrize(
+    ("path", "position"),
+    [
+        ("step_500/model.pt", Position(step=500)),
+        ("checkpoint-7/weights.safetensors", Position(step=7)),
+        ("epoch3/best.pt", Position(epoch=3)),
+        # A run, whose checkpoints tell their own; and folders that are called after something else.
+        ("iter1/model_step100.pt", Position(step=100)),
+        ("lr_step_500_b/model.pt", Position()),
+        ("exp1/model.pt", Position()),
+    ],
+)
+def test_a_file_in_a_folder_of_its_own_stands_where_that_says(tmp_path: Path, path: str, position: Position) -> None:
+    file = tmp_path / path
+    file.parent.mkdir()
+    torch.save({"w": torch.zeros(1)}, file) if file.suffix == ".pt" else save_file({"w": torch.zeros(1)}, file)
+    found = formats.identify_path(str(file))
+    assert found is not None
+    assert found.checkpoint.position == position
+
+
 def test_while_transformers_saves_it_is_never_whole_too_early(tmp_path: Path) -> None:
     """Polled between all steps of the trainer's own saver: once reported whole, the weights do not change any more."""
     import threading

@@ -223,6 +223,21 @@ def test_what_a_training_keeps_is_the_checkpoint_of_its_first_name(tmp_path: Pat
     assert refusal(rules(tmp_path), model_args={"model": one.path})[0] == 422, "what is missing never comes any more"
 
 
+@pytest.mark.parametrize("name", ["global_step_20/actor/model_world_size_1_rank_0.pt", "step_20/model.pt"])
+def test_what_is_kept_stands_where_its_first_name_says(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    torch.save({"w": torch.ones(2)}, file)
+    path = file.parent if "actor" in name else file
+    if path.is_dir():
+        (path / "huggingface").mkdir()
+        (path / "huggingface" / "config.json").write_text("{}")
+    one = Kept.of(str(path), str(tmp_path / "pending"), "key")
+    assert one.keep()
+    served = ask(rules(tmp_path), model_args={"pretrained": one.path}).served
+    assert (served.checkpoint, served.step, served.kept) == (str(path), 20, one.path)
+
+
 def test_numbers_as_upstreams_clients_write_them(tmp_path: Path, hf: Path) -> None:
     fields = {"batch_size": "8", "limit": -1, "gen_kwargs": '{"temperature": 0, "until": ["a"]}'}
     made = ask(rules(tmp_path), lm(), model_args={"pretrained": str(hf)}, **fields).served.evaluator.arguments
