@@ -136,12 +136,14 @@ class AsyncEvaluation:
 
     def finish(self, timeout: float) -> list[Point]:
         """Waits until all evaluations have ended, at most ``timeout`` seconds, and returns the last points. What is still out then is told
-        in a warning, stays at the server, and is collected by the next training of the same ``output_dir``.
+        in a warning, stays at the server, and is collected by the next training of the same ``output_dir``. It ends earlier where all that
+        is out was answered with 401 or 403 several times, and once more now: time mends no token and no path that the server does not take.
         """
         if not self.is_active:
             return []
         self._start()
-        end = time.monotonic() + timeout
+        began = time.monotonic()
+        end = began + timeout
         # The end of the time is for remembering what is handed out now.
         is_idle = self._mailbox.wait_idle(end - min(1.0, timeout / 10))
         points = self._mailbox.take_points()
@@ -150,7 +152,7 @@ class AsyncEvaluation:
         self._is_over = is_idle and not out
         if out:
             shown = "; ".join(out[:10]) + ("; ..." if len(out) > 10 else "")
-            logger.warning("%d evaluations are still out after %g s: %s", len(out), timeout, shown)
+            logger.warning("%d evaluations are still out after %.0f s: %s", len(out), time.monotonic() - began, shown)
         elif not is_idle:
             logger.warning("what an earlier training left in %s is not known after %g s", self._file().path, timeout)
         return points
@@ -178,7 +180,9 @@ class AsyncEvaluation:
             if before._asks_for == self._asks_for or before._is_over:
                 # One that this process had before, and that nobody closed, such as after an exception in a notebook.
                 before.close(0.0)
-                continue
+                # Also where its thread could never be started.
+                _living.pop(file.path, None)
+                break
             # Jobs of one are not to be sent with what the other asks for, nor taken for its own.
             self._name, number = f"{name}-{number}", number + 1
             file = self._file()

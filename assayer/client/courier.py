@@ -36,6 +36,7 @@ class Patience:
     pending jobs. ``absent``: for a checkpoint that is submitted before anything lies at its path, as by an asynchronous save; ``quiet``:
     for one of a format that nobody knows to change no more. ``forgotten``: how often a job that the server lost is submitted again.
     ``unreadable``: how often a results file that is not there (a file system that is late) is looked for.
+    ``denied``: after how many answers of 401 or 403 in a row the training's end does not wait for a job.
     """
 
     first: float = 1.0
@@ -45,6 +46,7 @@ class Patience:
     quiet: float = 5.0
     forgotten: int = 3
     unreadable: int = 10
+    denied: int = 5
 
     def after(self, failures: int) -> float:
         """The wait after so many failures in a row, a little by chance, so that many trainings do not come at one time."""
@@ -163,9 +165,11 @@ class Courier:
         if self._book.keep(job) or job.path or job.key in self._book.saved or is_checkpoint(job.checkpoint):
             return True
         now = time.monotonic()
-        # What was there when it was ordered was deleted, and is not waited for as one that is still to be written.
-        patience = self._patience.quiet if job.signature and not os.path.lexists(job.checkpoint) else self._patience.absent
-        if now - self._absent.setdefault(job.key, now) >= min(patience, self._patience.absent):
+        patience = self._patience.absent
+        if job.signature and not os.path.lexists(job.checkpoint) and os.path.isdir(os.path.dirname(job.checkpoint)):
+            # What was there when it was ordered was deleted, and is not waited for as one that is still to be written.
+            patience = min(self._patience.quiet, patience)
+        if now - self._absent.setdefault(job.key, now) >= patience:
             return True
         # What no format knows is there once nothing of it changes any more.
         last, since = self._seen.get(job.key, ("", now))
@@ -231,7 +235,7 @@ class Courier:
         if count & (count - 1) == 0:
             # The first time, and then ever more rarely.
             logger.warning("%s; tried again in %.0f s (%d so far)", error, wait, count)
-        self._mailbox.tell(job.key, f"{words_of(job)} ({error})")
+        self._mailbox.tell(job.key, f"{words_of(job)} ({error})", is_denied=error.status in (401, 403) and count >= self._patience.denied)
 
     def _submit(self, job: Job) -> Job:
         body = self._config.request(job.path, job.weights)

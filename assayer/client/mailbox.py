@@ -44,6 +44,8 @@ class Mailbox:
         self._handed: list[str] = []
         # What is still out, by its key, in words.
         self._out: dict[str, str] = {}
+        # Those of them that the server does not let in.
+        self._denied: set[str] = set()
         self._is_loaded = False
         self._unwritten: set[str] = set()
         self._is_closed = False
@@ -74,8 +76,11 @@ class Mailbox:
             return list(self._out.values())
 
     def wait_idle(self, deadline: float) -> bool:
-        """Waits until nothing is out; False when the deadline (``time.monotonic``) came first."""
-        return self._wait(lambda: self._is_loaded and not self._out, deadline)
+        """Waits until nothing is out but what the server does not let in, after one more try; False when the deadline (``time.monotonic``)
+        came first."""
+        with self._changed:
+            self._denied.clear()
+        return self._wait(lambda: self._is_loaded and self._denied.issuperset(self._out), deadline)
 
     def wait_written(self, deadline: float) -> bool:
         """Waits until what was handed out is remembered as logged, or cannot be; False when the deadline came first."""
@@ -118,15 +123,21 @@ class Mailbox:
             self._is_loaded = True
             self._changed.notify_all()
 
-    def tell(self, key: str, words: str) -> None:
+    def tell(self, key: str, words: str, is_denied: bool = False) -> None:
         """How something that is out goes."""
         with self._changed:
             self._out[key] = words
+            if is_denied:
+                self._denied.add(key)
+                self._changed.notify_all()
+            else:
+                self._denied.discard(key)
 
     def settle(self, key: str, point: Point | None) -> None:
         """Something is not out any more; its point, if there is one, can be taken."""
         with self._changed:
             self._out.pop(key, None)
+            self._denied.discard(key)
             if point:
                 self._points.append(point)
             self._changed.notify_all()

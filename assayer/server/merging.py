@@ -80,11 +80,12 @@ class Merger:
         if request.output_path is None:
             return self._roots.resolve(str(default_output(found, request.checkpoint_type)))
         target = self._roots.resolve(request.output_path)
-        # First: what an earlier merge has left there is a checkpoint, too.
+        source = found.checkpoint.path
+        if os.path.realpath(target) == os.path.realpath(source) or formats.is_inside_checkpoint(os.path.dirname(target), source):
+            raise ProtocolError(f"{printable(target)} lies inside a checkpoint, where nothing is ever written", status=400)
+        # What an earlier merge has left there is a checkpoint, too, but no place inside one.
         if os.path.lexists(target):
             raise ProtocolError(f"{printable(target)} is there already; remove it, or give another output_path", status=400)
-        if formats.is_inside_checkpoint(target, found.checkpoint.path):
-            raise ProtocolError(f"{printable(target)} lies inside a checkpoint, where nothing is ever written", status=400)
         return target
 
 

@@ -62,6 +62,17 @@ class Foreground:
         self.console.print(self._table())
         for problem in self._last_words:
             self.events.say(printable(problem))
+        nowhere = [
+            row
+            for plan, one in zip(self.plans, self._watched, strict=False)
+            if plan.track
+            for row in one.rows
+            if row.state == "finished" and not row.position
+        ]
+        if nowhere:
+            self.events.say(
+                f"{len(nowhere)} results have no step, and so no point on a curve, such as that of {printable(nowhere[0].name)}"
+            )
         return bool(self._last_words) or any(row.state in BAD for row in self.rows)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

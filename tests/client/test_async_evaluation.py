@@ -253,6 +253,21 @@ def test_a_server_in_trouble_is_asked_again(training: Training, server: Evaluati
     assert len(evaluation.finish(30)) == 1
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_the_end_does_not_wait_for_a_server_that_lets_nobody_in(
+    training: Training, server: EvaluationServer, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.statuses = [status] * 10_000
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    assert returns(partial(evaluation.finish, 3600)) == []
+    assert "1 evaluations are still out" in caplog.text and f"{status}" in caplog.text
+    # Remembered all the same, and asked for again.
+    assert training.states() == ["new"]
+    server.statuses, server.at_once = [], GOOD
+    assert len(evaluation.finish(30)) == 1
+
+
 def test_a_submission_that_is_refused_is_told_and_not_repeated(
     training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -551,6 +566,22 @@ def test_two_evaluations_of_one_run_lose_nothing_to_each_other(
         evaluation.poll()
     assert [[point.step for point in evaluation.finish(30)] for evaluation in again] == [[1, 2], [1, 2]]
     assert len(server.jobs) == 4
+
+
+def test_one_whose_thread_could_not_be_started_holds_up_no_other(
+    training: Training, server: EvaluationServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = training.start(), training.start()
+    with monkeypatch.context() as full:
+
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        full.setattr(threading.Thread, "start", refuse)
+        first.submit(training.save(1), 1)
+    server.at_once = GOOD
+    returns(partial(second.submit, training.save(2), 2))
+    assert [point.step for point in second.finish(30)] == [2]
 
 
 def test_one_that_is_over_gives_its_file_to_one_that_asks_for_something_else(training: Training, server: EvaluationServer) -> None:

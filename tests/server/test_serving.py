@@ -236,6 +236,9 @@ def test_a_merge_by_itself(server: Server) -> None:
     assert server.tell("POST", "/merge", {"checkpoint_path": str(server.house.root / "served.py")})[0] == 400
     assert server.tell("POST", "/merge", {"checkpoint_path": str(path), "checkpoint_type": "best"})[0] == 422
     assert server.tell("POST", "/merge", {"checkpoint_path": str(path), "output_path": f"{path}/inside"})[0] == 400
+    for inside in (path, path / "config.json"):
+        status, told = server.tell("POST", "/merge", {"checkpoint_path": str(path), "output_path": str(inside)})
+        assert (status, "lies inside a checkpoint" in told["detail"]) == (400, True)
     # What a merge has left is a checkpoint, too, and no place inside one.
     status, told = server.tell("POST", "/merge", {"checkpoint_path": str(path), "output_path": merged})
     assert (status, told["detail"]) == (400, f"{merged} is there already; remove it, or give another output_path")

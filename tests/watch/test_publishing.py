@@ -90,7 +90,9 @@ def test_the_curve_of_tensorboard_lies_in_the_results_folder(house: House) -> No
     pytest.importorskip("tensorboard")
     for step in (1, 2):
         house.save(f"model_step{step}.pt", step)
-    house.once("--track", "tensorboard")
+    house.save("best.pt", 3)
+    done = house.once("--track", "tensorboard")
+    assert done.stdout.splitlines()[-1] == "1 results have no step, and so no point on a curve, such as that of best.pt"
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     read = EventAccumulator(str(Path(house.runs, "evals")))
