@@ -41,7 +41,7 @@ RETRY_PAUSE = 30.0
 SLOW = 3.0
 
 # A folder that is called after one checkpoint.
-_OF_ONE = re.compile(r"(step|iter|checkpoint|epoch)[=_-]?\d+", re.IGNORECASE)
+_OF_ONE = re.compile(r"(step|iter|iteration|checkpoint|epoch)[=_-]?\d+", re.IGNORECASE)
 
 _lookout = Lookout()
 _known: dict[str, Known] = {}
