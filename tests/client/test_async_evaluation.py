@@ -268,6 +268,16 @@ def test_the_end_does_not_wait_for_a_server_that_lets_nobody_in(
     assert len(evaluation.finish(30)) == 1
 
 
+def test_one_refusal_amid_other_trouble_does_not_end_the_wait(training: Training, server: EvaluationServer) -> None:
+    """As from a proxy, while the server behind it restarts."""
+    server.statuses = [*[503] * 6, 403, *[503] * 6]
+    server.at_once = GOOD
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    until(lambda: len(server.statuses) <= 9)
+    assert [point.step for point in evaluation.finish(30)] == [1]
+
+
 def test_a_submission_that_is_refused_is_told_and_not_repeated(
     training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
 ) -> None:
