@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from assayer.checkpoint import Listing
 from assayer.client.book import Book, point_of, words_of
 from assayer.client.config import EvalConfig
 from assayer.client.connection import EvalClient
@@ -26,6 +27,9 @@ from assayer.protocol import JobStatus
 __all__ = ["Courier", "Patience"]
 
 logger = logging.getLogger(__name__)
+
+# Of a folder without a file, as some savers make beforehand, and then rename the whole checkpoint to its place.
+_EMPTY = Listing("", True, ()).signature()
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,8 @@ class Courier:
             return True
         now = time.monotonic()
         patience = self._patience.absent
-        if job.signature and not os.path.lexists(job.checkpoint) and os.path.isdir(os.path.dirname(job.checkpoint)):
+        was_there = job.signature not in ("", _EMPTY)
+        if was_there and not os.path.lexists(job.checkpoint) and os.path.isdir(os.path.dirname(job.checkpoint)):
             # What was there when it was ordered was deleted, and is not waited for as one that is still to be written.
             patience = min(self._patience.quiet, patience)
         if now - self._absent.setdefault(job.key, now) >= patience:
