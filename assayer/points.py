@@ -93,7 +93,7 @@ def why_none(record: Record) -> str | None:
 
 def is_of_one(name: str, record: Record) -> bool:
     """True when a folder of this name is called after the one checkpoint that lies there, such as ``step_500``."""
-    return re.search(rf"(step|iter|checkpoint|epoch)[=_-]?0*{_step(record)}(?!\d)", name, re.IGNORECASE) is not None
+    return re.search(rf"(step|iter|iteration|checkpoint|epoch)[=_-]?0*{_step(record)}(?!\d)", name, re.IGNORECASE) is not None
 
 
 def is_of_job(record: Record) -> bool:

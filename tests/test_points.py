@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from curves import BASE
 
-from assayer.points import point_of, run_name, why_none
+from assayer.points import is_of_one, point_of, run_name, why_none
 from assayer.record import Record
 
 PATH = Path("/runs/exp1/evals/accuracy/m.json")
@@ -80,6 +80,12 @@ def test_a_point_is_evaluator_weights_identity_and_step_and_not_the_path() -> No
     assert key(base) == key(replace(base, checkpoint="/elsewhere", ended="2026-11-21T04:00:00+00:00"), Path("/x/evals/accuracy/n.json"))
     others = [{"step": 6}, {"identity": "b" * 32}, {"weights": "ema"}, {"evaluator": {"name": "other"}}]
     assert len({key(base), *(key(replace(base, **other)) for other in others)}) == 5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["step_500", "global_step500", "iter-0500", "iteration_500", "checkpoint-500"])
+def test_a_folder_called_after_its_one_checkpoint_is_no_run(name: str) -> None:
+    assert is_of_one(name, a_record({"acc": 1.0}, step=500))
+    assert not is_of_one(name, a_record({"acc": 1.0}, step=50))
 
 
 def test_a_run_is_called_after_the_folder_of_its_checkpoints() -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,16 +170,20 @@ class AsyncEvaluation:
 
     @property
     def _asks_for(self) -> tuple[object, ...]:
-        return self.config, self.weights, self._style
+        # Not where it is asked, nor how often: where a wrong address was mended, what waits goes to the right one.
+        return replace(self.config, server_url="", poll_interval=1.0), self.weights, self._style
 
-    def _own_file(self) -> PendingFile:
+    def _own_file(self) -> tuple[PendingFile, threading.Thread | None]:
         """The file of this evaluation's name, or one beside it, where another one of this process, which asks for something else, has that:
-        in a training that begins them in the same order, each finds its own again."""
+        in a training that begins them in the same order, each finds its own again. And the thread that leaves that file now, if one does.
+        """
         name, number = self._name, 2
+        leaving = None
         file = self._file()
         while (before := _living.get(file.path)) is not None and before is not self:
             if before._asks_for == self._asks_for or before._is_over:
                 # One that this process had before, and that nobody closed, such as after an exception in a notebook.
+                leaving = before._thread
                 before.close(0.0)
                 # Also where its thread could never be started.
                 _living.pop(file.path, None)
@@ -189,7 +194,7 @@ class AsyncEvaluation:
         if number > 2:
             text = "two evaluations of %s are called %r: this one, of %s, is called %r from now on; give it a name of its own (name=...)"
             logger.warning(text, self._output_dir, name, ", ".join(self.config.tasks or ()), self._name)
-        return file
+        return file, leaving
 
     def _file(self) -> PendingFile:
         return PendingFile(self._output_dir, self._name)
@@ -198,11 +203,11 @@ class AsyncEvaluation:
         """Starts the thread, in the process that calls: one that was forked has none."""
         if self._thread is not None and self._thread.is_alive():
             return
-        file = self._own_file()
+        file, leaving = self._own_file()
         _living[file.path] = self
         book = Book(self._mailbox, file, Keeping(file.path, self.hold, self._hold_min_free))
         courier = Courier(self._mailbox, self._client, self.config, book, self._style, self._patience)
-        thread = threading.Thread(target=courier.run, name="assayer-client", daemon=True)
+        thread = threading.Thread(target=_run_after, args=(leaving, courier, self._patience.lock), name="assayer-client", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
@@ -210,6 +215,13 @@ class AsyncEvaluation:
             logger.warning("evaluations wait: %s", error)
             return
         self._thread = thread
+
+
+def _run_after(leaving: threading.Thread | None, courier: Courier, patience: float) -> None:
+    """What the thread before has in its hands is written down before this one reads it."""
+    if leaving:
+        leaving.join(patience)
+    courier.run()
 
 
 # Those of this process that were not closed, by their file: also one that nobody refers to any more has evaluations out.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from assayer.checkpoint import Listing
 from assayer.client.book import Book, point_of, words_of
 from assayer.client.config import EvalConfig
 from assayer.client.connection import EvalClient
@@ -26,6 +27,9 @@ from assayer.protocol import JobStatus
 __all__ = ["Courier", "Patience"]
 
 logger = logging.getLogger(__name__)
+
+# Of a folder without a file, as some savers make beforehand, and then rename the whole checkpoint to its place.
+_EMPTY = Listing("", True, ()).signature()
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Courier:
         self._absent: dict[str, float] = {}
         self._seen: dict[str, tuple[str, float]] = {}
         self._failures: dict[str, int] = {}
+        # How often a job was answered with 401 or 403 in a row.
+        self._denials: dict[str, int] = {}
         self._began = time.monotonic()
 
     def run(self) -> None:
@@ -147,6 +153,7 @@ class Courier:
             return
         self._failures.pop("", None)
         self._failures.pop(job.key, None)
+        self._denials.pop(job.key, None)
         self._due[job.key] = time.monotonic() + (0.0 if changed.state == "new" else self._config.poll_interval)
         self._book.put(changed)
         if changed.is_out:
@@ -166,7 +173,8 @@ class Courier:
             return True
         now = time.monotonic()
         patience = self._patience.absent
-        if job.signature and not os.path.lexists(job.checkpoint) and os.path.isdir(os.path.dirname(job.checkpoint)):
+        was_there = job.signature not in ("", _EMPTY)
+        if was_there and not os.path.lexists(job.checkpoint) and os.path.isdir(os.path.dirname(job.checkpoint)):
             # What was there when it was ordered was deleted, and is not waited for as one that is still to be written.
             patience = min(self._patience.quiet, patience)
         if now - self._absent.setdefault(job.key, now) >= patience:
@@ -229,13 +237,14 @@ class Courier:
         key = "" if error.status is None else job.key
         if key:
             self._failures.pop("", None)
+            self._denials[key] = self._denials.get(key, 0) + 1 if error.status in (401, 403) else 0
         count = self._failures[key] = self._failures.get(key, 0) + 1
         wait = self._patience.after(count)
         self._due[key] = time.monotonic() + wait
         if count & (count - 1) == 0:
             # The first time, and then ever more rarely.
             logger.warning("%s; tried again in %.0f s (%d so far)", error, wait, count)
-        self._mailbox.tell(job.key, f"{words_of(job)} ({error})", is_denied=error.status in (401, 403) and count >= self._patience.denied)
+        self._mailbox.tell(job.key, f"{words_of(job)} ({error})", is_denied=bool(key) and self._denials[key] >= self._patience.denied)
 
     def _submit(self, job: Job) -> Job:
         body = self._config.request(job.path, job.weights)

@@ -41,7 +41,7 @@ RETRY_PAUSE = 30.0
 SLOW = 3.0
 
 # A folder that is called after one checkpoint.
-_OF_ONE = re.compile(r"(step|iter|checkpoint|epoch)[=_-]?\d+", re.IGNORECASE)
+_OF_ONE = re.compile(r"(step|iter|iteration|checkpoint|epoch)[=_-]?\d+", re.IGNORECASE)
 
 _lookout = Lookout()
 _known: dict[str, Known] = {}
@@ -161,10 +161,11 @@ def _queue(
         latest = (board.newest_key(), plan.id)
         board.connection.hset(*latest, newest.id)
     tasks = [(d, task_of(plan, d, latest)) for d in sorted(due, key=lambda d: d.seen.checkpoint.order, reverse=plan.order == "newest")]
-    begun = {task.id for _, task in tasks if _was_begun(task)}
+    in_flight = statuses(board.connection, [task.id for _, task in tasks])
+    # Asked of those alone that may be queued now: each costs a look at a file system, and thousands may wait, tick after tick.
+    begun = {task.id for _, task in tasks if not is_in_flight(in_flight.get(task.id)) and _was_begun(task)}
     # A worker that has nothing to do takes the first that is pushed, before the others have come and all are arranged.
     tasks.sort(key=lambda pair: pair[1].id not in begun)
-    in_flight = statuses(board.connection, [task.id for _, task in tasks])
     queue = open_queue(board.connection, plan.eval_queue)
     queued = 0
     notes: dict[str, str] = {}

@@ -268,6 +268,16 @@ def test_the_end_does_not_wait_for_a_server_that_lets_nobody_in(
     assert len(evaluation.finish(30)) == 1
 
 
+def test_one_refusal_amid_other_trouble_does_not_end_the_wait(training: Training, server: EvaluationServer) -> None:
+    """As from a proxy, while the server behind it restarts."""
+    server.statuses = [*[503] * 6, 403, *[503] * 6]
+    server.at_once = GOOD
+    evaluation = training.start()
+    evaluation.submit(training.save(1), 1)
+    until(lambda: len(server.statuses) <= 9)
+    assert [point.step for point in evaluation.finish(30)] == [1]
+
+
 def test_a_submission_that_is_refused_is_told_and_not_repeated(
     training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -566,6 +576,36 @@ def test_two_evaluations_of_one_run_lose_nothing_to_each_other(
         evaluation.poll()
     assert [[point.step for point in evaluation.finish(30)] for evaluation in again] == [[1, 2], [1, 2]]
     assert len(server.jobs) == 4
+
+
+def test_one_that_takes_over_from_another_at_once_has_all_that_it_ordered(training: Training, server: EvaluationServer) -> None:
+    """Before there is any file whose lock could tell them apart."""
+    server.at_once = GOOD
+    first, second = training.start(), training.start()
+    paths = {step: training.save(step) for step in range(1, 7)}
+    for step, path in paths.items():
+        (first, second)[step % 2].submit(path, step)
+    assert [point.step for point in first.finish(30)] == list(paths)
+    assert len(server.jobs) == len(paths)
+
+
+def test_one_with_another_address_takes_over_what_the_first_could_not_send(
+    training: Training, server: EvaluationServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cell of a notebook is run again, with what was wrong in it mended: the next training is to find all in one file."""
+    asked = {"model": "m", "tasks": ["t"]}
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        first = AsyncEvaluation({**asked, "server_url": url}, training.run, patience=QUICK)
+        training.evaluations.append(first)
+        first.submit(training.save(1), 1)
+        server.at_once = GOOD
+        second = training.start()
+        second.submit(training.save(2), 2)
+        assert [point.step for point in second.finish(30)] == [1, 2]
+    assert "give it a name of its own" not in caplog.text
+    assert training.states() == ["logged", "logged"]
 
 
 def test_one_whose_thread_could_not_be_started_holds_up_no_other(

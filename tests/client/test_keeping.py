@@ -204,6 +204,23 @@ def test_what_was_deleted_before_it_could_be_submitted_is_not_waited_for_as_if_i
     assert [point.step for point in evaluation.finish(30)] == [1, 2]
 
 
+def test_a_folder_that_gives_way_to_the_whole_checkpoint_was_none_that_was_deleted(training: Training, server: EvaluationServer) -> None:
+    """Made before the save begins, by a saver in the background."""
+    path, aside = training.run / "checkpoint-1", training.run / "aside"
+    path.mkdir()
+    evaluation = training.start(patience=Patience(first=0.01, most=0.05, absent=60.0, quiet=0.1))
+    evaluation.submit(path, 1)
+    until(lambda: training.states() == ["new"])
+    path.rmdir()
+    aside.mkdir()
+    time.sleep(0.5)
+    assert server.count("POST", "/evaluate") == 0
+    (aside / "model.safetensors").write_text("weights")
+    aside.rename(path)
+    server.at_once = GOOD
+    assert [point.step for point in evaluation.finish(30)] == [1]
+
+
 def test_where_hard_links_are_refused_the_checkpoint_itself_is_submitted_and_that_is_said_once(
     training: Training, server: EvaluationServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

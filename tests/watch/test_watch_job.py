@@ -69,6 +69,19 @@ def test_a_tick_queues_what_is_due_once_and_schedules_its_successor(watchers: Wa
     assert 5 < score - time.time() < 8
 
 
+def test_what_waits_is_not_asked_again_whether_it_was_begun(watchers: Watchers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands may wait, and each question is one to a file system."""
+    asked: list[Path] = []
+    monkeypatch.setattr(watch_job, "has_progress", asked.append)
+    watchers.put()
+    for step in (1, 2):
+        watchers.save(f"m_step{step}.pt", step)
+    for _ in range(3):
+        watchers.tick()
+    assert watchers.queue.count == 2
+    assert len(asked) == 2
+
+
 def test_only_watches_that_are_due_are_looked_at(watchers: Watchers) -> None:
     p = watchers.put(polling_interval=3600.0)
     watchers.tick()
