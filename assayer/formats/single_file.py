@@ -34,6 +34,8 @@ _NEVER = re.compile(
 _STEP = re.compile(r"(?:^|[^a-z])(?:global[_-]?step|step|steps|iteration|iter|it|checkpoint|ba)[=_-]?(\d{1,18})", re.IGNORECASE)
 _EPOCH = re.compile(r"(?:^|[^a-z])(?:epoch|ep)[=_-]?(\d{1,18})", re.IGNORECASE)
 _FOLDER = re.compile(r"(?:global[_-]?step|step|iteration|iter|checkpoint|epoch)[=_-]?\d{1,18}", re.IGNORECASE)
+# Names of a file that say nothing but that it is the one in its folder; ``best`` or ``ema`` may lie beside others in a run's own folder.
+_PLAIN = re.compile(r"model(?:_(?:state_dict|state|weights))?|weights|checkpoint|ckpt|state_dict|params", re.IGNORECASE)
 _LAST_NUMBER = re.compile(r"(?:^|[_.=-])(\d{1,18})$")
 
 
@@ -54,10 +56,11 @@ def unmarked(listing: Listing) -> str | None:
 
 
 def position(listing: Listing) -> Position:
-    """From the file's own name; where that tells nothing (``model.pt``), from that of a folder called after its one checkpoint."""
-    named = position_of_name(listing)
+    """From the file's own name; where that says nothing at all (``model.pt``), from that of a folder called after its one checkpoint."""
     folder = os.path.basename(os.path.dirname(listing.path))
-    return position_in(folder) if named.number is None and _FOLDER.fullmatch(folder) else named
+    if _FOLDER.fullmatch(folder) and _PLAIN.fullmatch(os.path.splitext(listing.name)[0]):
+        return position_in(folder)
+    return position_of_name(listing)
 
 
 def position_of_name(listing: Listing) -> Position:

@@ -239,9 +239,11 @@ def test_a_name_tells_the_position(stem: str, position: Position) -> None:
     [
         ("step_500/model.pt", Position(step=500)),
         ("checkpoint-7/weights.safetensors", Position(step=7)),
-        ("epoch3/best.pt", Position(epoch=3)),
+        ("epoch3/model.pt", Position(epoch=3)),
         # A run, whose checkpoints tell their own; and folders that are called after something else.
         ("iter1/model_step100.pt", Position(step=100)),
+        ("iter1/best.pt", Position()),
+        ("step_7/ema.pt", Position()),
         ("lr_step_500_b/model.pt", Position()),
         ("exp1/model.pt", Position()),
     ],
