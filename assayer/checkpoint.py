@@ -24,10 +24,15 @@ __all__ = [
     "first_absent",
     "first_incomplete",
     "identity",
+    "is_called_after_one",
     "list_files",
     "list_path",
     "needed",
+    "numbers_called_after",
 ]
+
+# A folder's name that tells which checkpoint lies in it.
+_AFTER_ONE = re.compile(r"(?:step|iter|iteration|checkpoint|epoch)[=_-]?(\d+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,16 @@ class Position:
     def number(self) -> float | None:
         """What checkpoints are ordered by: the step, else the epoch."""
         return self.step if self.step is not None else self.epoch
+
+
+def numbers_called_after(folder: str) -> set[int]:
+    """The steps or epochs that a folder of this name is called after: ``{500}`` for ``global_step_500``; empty for that of a run."""
+    return {int(number) for number in _AFTER_ONE.findall(folder)}
+
+
+def is_called_after_one(folder: str) -> bool:
+    """True when a folder's name is that of one checkpoint and nothing else, such as ``step_500`` or ``global_step500``."""
+    return re.fullmatch(f"(?:global[_-]?)?{_AFTER_ONE.pattern}", folder, re.IGNORECASE) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ name belongs to the evaluator that was the first to use it in its results folder
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from assayer.checkpoint import numbers_called_after
 from assayer.files import digest
 from assayer.record import Record
 
@@ -93,7 +93,7 @@ def why_none(record: Record) -> str | None:
 
 def is_of_one(name: str, record: Record) -> bool:
     """True when a folder of this name is called after the one checkpoint that lies there, such as ``step_500``."""
-    return re.search(rf"(step|iter|iteration|checkpoint|epoch)[=_-]?0*{_step(record)}(?!\d)", name, re.IGNORECASE) is not None
+    return _step(record) in numbers_called_after(name)
 
 
 def is_of_job(record: Record) -> bool:

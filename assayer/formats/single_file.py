@@ -8,7 +8,7 @@ deepspeed/runtime/engine.py, verl and LMMs-Engine for ``model_world_size_W_rank_
 import os
 import re
 
-from assayer.checkpoint import Listing, Position
+from assayer.checkpoint import Listing, Position, is_called_after_one
 from assayer.containers import model_names
 from assayer.content import incomplete, is_legacy
 from assayer.safetensors_file import read_header
@@ -33,7 +33,6 @@ _NEVER = re.compile(
 )
 _STEP = re.compile(r"(?:^|[^a-z])(?:global[_-]?step|step|steps|iteration|iter|it|checkpoint|ba)[=_-]?(\d{1,18})", re.IGNORECASE)
 _EPOCH = re.compile(r"(?:^|[^a-z])(?:epoch|ep)[=_-]?(\d{1,18})", re.IGNORECASE)
-_FOLDER = re.compile(r"(?:global[_-]?step|step|iteration|iter|checkpoint|epoch)[=_-]?\d{1,18}", re.IGNORECASE)
 # Names of a file that say nothing but that it is the one in its folder; ``best`` or ``ema`` may lie beside others in a run's own folder.
 _PLAIN = re.compile(r"model(?:_(?:state_dict|state|weights))?|weights|checkpoint|ckpt|state_dict|params", re.IGNORECASE)
 _LAST_NUMBER = re.compile(r"(?:^|[_.=-])(\d{1,18})$")
@@ -58,7 +57,7 @@ def unmarked(listing: Listing) -> str | None:
 def position(listing: Listing) -> Position:
     """From the file's own name; where that says nothing at all (``model.pt``), from that of a folder called after its one checkpoint."""
     folder = os.path.basename(os.path.dirname(listing.path))
-    if _FOLDER.fullmatch(folder) and _PLAIN.fullmatch(os.path.splitext(listing.name)[0]):
+    if is_called_after_one(folder) and _PLAIN.fullmatch(os.path.splitext(listing.name)[0]):
         return position_in(folder)
     return position_of_name(listing)
 

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from assayer import formats
 from assayer.checkpoint import Found
 from assayer.errors import AssayerError, CheckpointError, ProtocolError, StateError
 from assayer.files import printable
@@ -18,7 +17,7 @@ from assayer.merge.run import Options, find_checkpoint, run
 from assayer.plan import Merging
 from assayer.protocol import MergeRequest
 from assayer.refs import PACKAGE_PARENT
-from assayer.server.paths import Roots, within
+from assayer.server.paths import Roots, why_not_into, within
 from assayer.worker.child import die_with_parent
 
 __all__ = ["Merger"]
@@ -80,12 +79,8 @@ class Merger:
         if request.output_path is None:
             return self._roots.resolve(str(default_output(found, request.checkpoint_type)))
         target = self._roots.resolve(request.output_path)
-        source = found.checkpoint.path
-        if os.path.realpath(target) == os.path.realpath(source) or formats.is_inside_checkpoint(os.path.dirname(target), source):
-            raise ProtocolError(f"{printable(target)} lies inside a checkpoint, where nothing is ever written", status=400)
-        # What an earlier merge has left there is a checkpoint, too, but no place inside one.
-        if os.path.lexists(target):
-            raise ProtocolError(f"{printable(target)} is there already; remove it, or give another output_path", status=400)
+        if why := why_not_into(target, found.checkpoint.path):
+            raise ProtocolError(why, status=400)
         return target
 
 

@@ -17,7 +17,7 @@ from assayer.queues.served import Served
 from assayer.record import results_folder, run_folder
 from assayer.server.allowed import OF_THE_REQUEST, is_false, refuse, refuse_code_beside, refused
 from assayer.server.models import Model
-from assayer.server.paths import Roots, is_path, within
+from assayer.server.paths import Roots, is_path, why_not_into, within
 from assayer.worker.answer import PATH_KEYS, paths_in
 from assayer.worker.hold import Bounds
 
@@ -173,11 +173,9 @@ def _merged_to(request: EvaluateRequest, checkpoint: str, roots: Roots) -> str |
     engine = request.lmms_engine_kwargs
     if engine is None or engine.output_path is None:
         return None
-    target, loc = roots.resolve(engine.output_path), ("lmms_engine_kwargs", "output_path")
-    if os.path.lexists(target):
-        raise refused(loc, f"{printable(target)} is there already; remove it, or give another output_path", engine.output_path)
-    if formats.is_inside_checkpoint(target, checkpoint):
-        raise refused(loc, f"{printable(target)} lies inside a checkpoint, where nothing is ever written", engine.output_path)
+    target = roots.resolve(engine.output_path)
+    if why := why_not_into(target, checkpoint):
+        raise refused(("lmms_engine_kwargs", "output_path"), why, engine.output_path)
     return target
 
 

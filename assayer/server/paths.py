@@ -9,7 +9,7 @@ from assayer.checkpoint import Found
 from assayer.errors import ProtocolError
 from assayer.files import printable
 
-__all__ = ["Roots", "is_path", "strings_in", "within"]
+__all__ = ["Roots", "is_path", "strings_in", "why_not_into", "within"]
 
 # Bytes of a path that the system takes.
 _PATH_MAX = 4096
@@ -54,6 +54,16 @@ def is_path(text: str) -> bool:
         return len(text) < _PATH_MAX and os.path.lexists(text)
     except (ValueError, OSError):
         return False
+
+
+def why_not_into(target: str, checkpoint: str) -> str | None:
+    """Why a merge of this checkpoint (empty: none) may not be put to this path; None when it may."""
+    if os.path.realpath(target) == os.path.realpath(checkpoint) or formats.is_inside_checkpoint(os.path.dirname(target), checkpoint):
+        return f"{printable(target)} lies inside a checkpoint, where nothing is ever written"
+    # What an earlier merge has left there is a checkpoint, too, but no place inside one.
+    if os.path.lexists(target):
+        return f"{printable(target)} is there already; remove it, or give another output_path"
+    return None
 
 
 def within(found: Found, roots: Roots) -> Found:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from assayer import formats
+from assayer.checkpoint import numbers_called_after
 from assayer.files import printable
 from assayer.plan import Plan, PlanStore, host_name, state_directory
 from assayer.progress import has_progress
@@ -39,9 +39,6 @@ RETRY_LOOK = 1.0
 RETRY_PAUSE = 30.0
 # Seconds after which a look that has not come back is spoken of.
 SLOW = 3.0
-
-# A folder that is called after one checkpoint.
-_OF_ONE = re.compile(r"(step|iter|iteration|checkpoint|epoch)[=_-]?\d+", re.IGNORECASE)
 
 _lookout = Lookout()
 _known: dict[str, Known] = {}
@@ -225,7 +222,7 @@ def task_of(plan: Plan, decision: Decision, newest: tuple[str, str] | None = Non
 def _turn(plan: Plan, path: str) -> str:
     """The folder whose checkpoints take turns with those of others: the run's, also where each checkpoint has a folder of its own."""
     folder = os.path.dirname(path)
-    while folder != plan.root and _OF_ONE.search(os.path.basename(folder)):
+    while folder != plan.root and numbers_called_after(os.path.basename(folder)):
         folder = os.path.dirname(folder)
     return folder
 
