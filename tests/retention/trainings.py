@@ -383,8 +383,12 @@ def listening(directory: Path) -> Iterator[list[str]]:
 
 def files_of(directory: Path) -> list[str]:
     """Every file and folder below the directory but what lies in a folder ``evals/``."""
-    found = [path.relative_to(directory) for path in directory.rglob("*")]
-    return sorted(str(path) + "/" * (directory / path).is_dir() for path in found if "evals" not in path.parts)
+    found = []
+    for folder, below, names in os.walk(directory):
+        # What a watch holds there comes and goes under the walk.
+        below[:] = [name for name in below if name != "evals"]
+        found += [Path(folder, name).relative_to(directory) for name in (*below, *names) if name != "evals"]
+    return sorted(str(path) + "/" * (directory / path).is_dir() for path in found)
 
 
 def carry_out(order: Order) -> dict[str, Any]:
